@@ -18,10 +18,11 @@ import argparse
 import hashlib
 import json
 import os
+import pickle
 import sys
 import zipfile
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -30,7 +31,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-BLOCK = 1024  # rows that are worked on at a time
+RANK = 64     # of a bank, by default
+BLOCK = 4096  # rows that are worked on at a time
 
 # ----------------------------------------------------------------------------- small pieces
 
@@ -40,7 +42,10 @@ def cli(main):
     try:
         main()
     except (ValueError, OSError) as e:
-        print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(e).split())}", file=sys.stderr)
+        text = str(e)
+        if "Original Traceback" in text:  # from a DataLoader worker
+            text = text.splitlines()[-1].removeprefix("ValueError: ")
+        print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(text.split())}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -50,6 +55,18 @@ def replacing(path):
     tmp = f"{path}.tmp"
     yield tmp
     os.replace(tmp, path)
+
+
+def load_pt(path, keys):
+    """torch.load of a dict with these keys, mapped into memory; ValueError for anything else"""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        missing = ", ".join(sorted(set(keys) - set(state)))
+    except (RuntimeError, pickle.UnpicklingError, EOFError, TypeError) as e:
+        raise ValueError(f"{path} is damaged, or not of this program: {str(e).split('. ')[0]}") from e
+    if missing:
+        raise ValueError(f"{path} is no file of the kind expected: it lacks {missing}")
+    return state
 
 
 def rank_world():
@@ -97,6 +114,7 @@ class MemoryBank:
     def __post_init__(self):
         for a in (self.mean, self.basis, self.scale, self.coef, self.labels):
             a.setflags(write=False)
+        self.__dict__["_copies"] = {}
 
     def __len__(self):
         return len(self.coef)
@@ -120,18 +138,17 @@ class MemoryBank:
         return self.__dict__["_id"]
 
     @staticmethod
-    def build(features, rank=64, dtype="int8", labels=None, encoder="unknown"):
+    def build(features, rank=RANK, dtype="int8", labels=None, encoder="unknown"):
         """
         features: (N, D) tensor, array or memmap of any float type; need not have unit norm
-        rank: number of directions kept; None: all features as they are, in float16
+        rank: number of directions kept (see fit_rank); None: all features as they are, in float16
         dtype: of the coefficients, "int8", "float16" or "float32"; labels: (N,) integers
         One pass for mean and Gram matrix, its eigenvectors are the basis; one pass for the coefficients.
         """
         N, D = features.shape
         if dtype not in ("int8", "float16", "float32"):
             raise ValueError(f"dtype {dtype} of the bank is none of int8, float16, float32")
-        if rank is not None and not 1 <= rank <= min(N, D):
-            raise ValueError(f"rank {rank} of the bank is not in 1 .. {min(N, D)}, for {N:,} snippets of {D}")
+        rank = fit_rank(rank, N, D)
         total, gram = torch.zeros(D, dtype=torch.float64), torch.zeros(D, D, dtype=torch.float64)
         for _, s in _blocks(features):
             s = s.double()
@@ -163,40 +180,46 @@ class MemoryBank:
     def save(self, path):
         """One file, readable by torch.load(weights_only=True)."""
         state = {k: torch.from_numpy(np.array(v)) if isinstance(v, np.ndarray) else v
-                 for k, v in self.__dict__.items() if k != "_id"}
+                 for k, v in self.__dict__.items() if not k.startswith("_")}
         with replacing(path) as tmp:
             torch.save({**state, "id": self.id}, tmp)
 
     @staticmethod
     def load(path):
         """Maps the file: nothing is read until it is indexed."""
-        try:
-            state = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
-            bank_id = state.pop("id")
-            bank = MemoryBank(**{k: v.numpy() if torch.is_tensor(v) else v for k, v in state.items()})
-        except (RuntimeError, KeyError, TypeError, AttributeError, EOFError) as e:
-            raise ValueError(f"{path} is not a memory bank, or damaged: {e}") from e
-        bank.__dict__["_id"] = bank_id
+        keys = [f.name for f in fields(MemoryBank)]
+        state = load_pt(path, keys + ["id"])
+        bank = MemoryBank(*(v.numpy() if torch.is_tensor(v) else v for v in map(state.get, keys)))
+        bank.__dict__["_id"] = state["id"]
         return bank
 
     def __getitem__(self, idx):
         """idx: int -> (D,); slice, list, array or tensor of B indices -> (B, D); unit-norm float32"""
         if torch.is_tensor(idx):
             idx = idx.cpu().numpy()
-        c = torch.from_numpy(np.atleast_2d(self.coef[idx]).astype(np.float32) * self.scale)
-        s = self.decode(c)
+        s = self.unpack(torch.from_numpy(np.array(self.coef[idx], ndmin=2)))
         return s[0] if np.ndim(idx) == 0 and not isinstance(idx, slice) else s
+
+    def unpack(self, rows):
+        """rows of coef (B, r), a tensor on any device -> snippets (B, D)"""
+        return self.decode(rows.float() * self._on(rows.device)[2])
 
     def decode(self, coef):
         """coefficients (B, r) float32 -> snippets (B, D), unit-norm"""
-        if len(self.basis):
-            coef = torch.addmm(torch.tensor(self.mean), coef, torch.tensor(self.basis))
-        return F.normalize(coef, dim=-1)
+        mean, basis, _ = self._on(coef.device)
+        return F.normalize(torch.addmm(mean, coef, basis) if len(basis) else coef, dim=-1)
 
     def project(self, features):
         """features (B, D), any norm -> coefficients (B, r) float32"""
         s = F.normalize(torch.as_tensor(features).float(), dim=-1)
-        return (s - torch.tensor(self.mean)) @ torch.tensor(self.basis).T if len(self.basis) else s
+        mean, basis, _ = self._on(s.device)
+        return (s - mean) @ basis.T if len(basis) else s
+
+    def _on(self, device):
+        """-> mean, basis, scale as tensors, copied to a device once"""
+        if device not in self._copies:
+            self._copies[device] = [torch.tensor(a, device=device) for a in (self.mean, self.basis, self.scale)]
+        return self._copies[device]
 
     def __str__(self):
         size = sum(a.nbytes for a in (self.mean, self.basis, self.scale, self.coef))
@@ -205,10 +228,21 @@ class MemoryBank:
                 f"{self.coef.dtype}: {size / 1e6:,.1f} MB against {full / 1e6:,.1f} MB, id {self.id}")
 
 
+def fit_rank(rank, N, D):
+    """The default rank is lowered to what N snippets of D allow, and says so; any other is an error."""
+    most = min(N, D)
+    if rank == RANK > most:
+        print(f"rank of the bank: {most} instead of {RANK}, for {N:,} snippets of {D}")
+        return most
+    if rank is not None and not 1 <= rank <= most:
+        raise ValueError(f"rank {rank} of the bank is not in 1 .. {most}, for {N:,} snippets of {D}")
+    return rank
+
+
 def _blocks(features):
     """Yields (first row, unit-norm float32 rows), a block at a time."""
-    for i in range(0, len(features), 4 * BLOCK):
-        s = torch.as_tensor(features[i:i + 4 * BLOCK]).float()
+    for i in range(0, len(features), BLOCK):
+        s = torch.as_tensor(features[i:i + BLOCK]).float()
         if not torch.isfinite(s).all():
             raise ValueError(f"features {i} to {i + len(s) - 1} hold NaN or infinity")
         yield i, F.normalize(s, dim=1)
@@ -248,8 +282,11 @@ def open_array(path):
     """-> (images, labels or None), of an .npy or .npz file; mapped into memory unless compressed."""
     if path.endswith(".npy"):
         return np.load(path, mmap_mode="r"), None
-    with zipfile.ZipFile(path) as z:
-        names = {i.filename.removesuffix(".npy"): i for i in z.infolist()}
+    try:
+        with zipfile.ZipFile(path) as z:
+            names = {i.filename.removesuffix(".npy"): i for i in z.infolist()}
+    except zipfile.BadZipFile as e:
+        raise ValueError(f"{path} is not an .npz, or damaged: {e}") from e
     found = np.load(path)
     labels = next((found[k] for k in ("labels", "arr_1") if k in names), None)
     info = names.get("arr_0") or names.get("images")
@@ -265,11 +302,15 @@ def open_array(path):
         return np.memmap(path, dtype, "r", f.tell(), shape, "F" if fortran else "C"), labels
 
 
+def is_glyphs(src):
+    return src.split(":")[0] == "glyphs"
+
+
 class Images(torch.utils.data.Dataset):
     """images[i] -> uint8 (S, S, 3), from a folder, one file, an array file or `glyphs` (see the head)."""
     def __init__(self, src, size):
         self.size, self.array, self.files, labels, self.classes = size, None, None, None, []
-        if src.split(":")[0] == "glyphs":
+        if is_glyphs(src):
             characters = src.partition(":")[2] or LETTERS
             self.array, labels = glyphs(size=size, characters=characters)
             self.classes = list(characters)
@@ -314,7 +355,7 @@ class Images(torch.utils.data.Dataset):
             return np.array(self.array[i])
         else:
             image = Image.fromarray(self.array[i])
-        return np.asarray(center_crop(image, self.size))
+        return np.array(center_crop(image, self.size))
 
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -384,7 +425,7 @@ class Blocks:
         self.done, self.block = np.load(done, mmap_mode="r+"), block
         starts = np.flatnonzero(~self.done)[rank::world] * block
         self.todo = [range(i, min(i + block, N)) for i in starts.tolist()]
-        self.temporary = [done, progress]
+        barrier()  # before anybody is done with a block
 
     def write(self, rows, **values):
         for name, a in self.arrays.items():
@@ -393,12 +434,11 @@ class Blocks:
         self.done[rows.start // self.block] = True
         self.done.flush()
 
-    def close(self):
-        """Waits for all processes, then leaves the arrays and takes away the rest."""
+    def finish(self):
+        """Waits until all blocks of all processes are done."""
         barrier()
-        if rank_world()[0] == 0:
-            for path in self.temporary:
-                os.remove(path)
+        if not self.done.all():
+            raise RuntimeError(f"{(~self.done).sum()} of {len(self.done)} blocks were left out")
 
 
 def read_json(path):
@@ -411,12 +451,12 @@ def write_json(path, value):
         json.dump(value, f, indent=1)
 
 
-def prepare(src, out, image_size=256, tokenizer="pixel", encoder="thumbnail", rank=None, dtype="int8",
+def prepare(src, out, image_size=256, tokenizer="pixel", encoder="thumbnail", rank=RANK, dtype="int8",
             flip=False, device="cpu"):
     """
     Images -> out/latents.npy (N, C, h, w), labels.npy (N,), bank.pt, meta.json. -> meta, a dict
     What is there already is kept, a killed run is gone on with; of several processes each encodes a share.
-    rank: None for 64 or what the data allow, "full" for all; flip: N more entries, of the mirrored images
+    rank, dtype: of the bank, as in MemoryBank.build; flip: N more entries, of the mirrored images
     """
     if encoder not in ENCODERS:
         raise ValueError(f"unknown encoder {encoder}; known: {', '.join(ENCODERS)}")
@@ -424,7 +464,7 @@ def prepare(src, out, image_size=256, tokenizer="pixel", encoder="thumbnail", ra
         raise ValueError(f"unknown tokenizer {tokenizer}; known: pixel")
     if image_size < 1:
         raise ValueError(f"image size {image_size} is not positive")
-    settings = dict(source=src if src.startswith("glyphs") else os.path.abspath(src), image_size=image_size,
+    settings = dict(source=src if is_glyphs(src) else os.path.abspath(src), image_size=image_size,
                     tokenizer=tokenizer, encoder=encoder, rank=rank, dtype=dtype, flip=flip)
     path = os.path.join(out, "meta.json")
     if os.path.exists(path):
@@ -439,26 +479,22 @@ def prepare(src, out, image_size=256, tokenizer="pixel", encoder="thumbnail", ra
     encode = ENCODERS[encoder](device)
     D = encode(torch.zeros(1, *latent, device=device)).shape[1]
     M = 2 * N if flip else N
-    if rank is None and min(M, D) < 64:
-        print(f"rank of the bank: {min(M, D)} instead of 64, for {M:,} snippets of {D}")
-    rank = {None: min(64, M, D), "full": None}.get(rank, rank)
-    if rank and not 1 <= rank <= min(M, D):
-        raise ValueError(f"rank {rank} of the bank is not in 1 .. {min(M, D)}, for {M:,} snippets of {D}")
+    if rank != RANK:
+        fit_rank(rank, M, D)  # before the work
     blocks = Blocks(out, {**settings, "images": N}, {"latents.npy": ((M, *latent), "uint8"),
                                                      "features.npy": ((M, D), "float32")}, 256)
     me, world = rank_world()
     workers = 0 if images.files is None else min(8, (os.cpu_count() or 1) // world)
     loader = torch.utils.data.DataLoader(images, num_workers=workers,
                                          batch_sampler=[[i % N for i in rows] for rows in blocks.todo])
-    bar = tqdm(total=sum(map(len, blocks.todo)), desc="encoding", unit="img", disable=me > 0)
-    for rows, x in zip(blocks.todo, loader):
-        mirrored = torch.tensor([i >= N for i in rows])
-        x[mirrored] = x[mirrored].flip(2)
-        x = x.permute(0, 3, 1, 2).contiguous()
-        blocks.write(rows, latents=x, features=encode(x.to(device).float() / 127.5 - 1).cpu())
-        bar.update(len(rows))
-    bar.close()
-    barrier()
+    with tqdm(total=sum(map(len, blocks.todo)), desc="encoding", unit="img", disable=me > 0) as bar:
+        for rows, x in zip(blocks.todo, loader):
+            mirrored = torch.tensor([i >= N for i in rows])
+            x[mirrored] = x[mirrored].flip(2)
+            x = x.permute(0, 3, 1, 2).contiguous()
+            blocks.write(rows, latents=x, features=encode(x.to(device).float() / 127.5 - 1).cpu())
+            bar.update(len(rows))
+    blocks.finish()
     if me == 0:
         labels = np.concatenate([images.labels] * (M // N))
         with replacing(os.path.join(out, "labels.npy")) as tmp, open(tmp, "wb") as f:
@@ -467,13 +503,14 @@ def prepare(src, out, image_size=256, tokenizer="pixel", encoder="thumbnail", ra
         bank.save(os.path.join(out, "bank.pt"))
         write_json(path, dict(settings=settings, images=N, latent=latent, classes=images.classes,
                               bank=bank.id, mean=[127.5] * 3, std=[127.5] * 3))  # x = (latent - mean) / std
-        os.remove(os.path.join(out, "features.npy"))
-    blocks.close()
+        for name in ("features.npy", "done.npy", "progress.json"):
+            os.remove(os.path.join(out, name))
+    barrier()
     return read_json(path)
 
 
 def rank_argument(text):
-    return text if text == "full" else int(text)
+    return None if text == "full" else int(text)
 
 
 def main():
@@ -484,7 +521,7 @@ def main():
     parser.add_argument("--image-size", type=int, default=256)
     parser.add_argument("--tokenizer", default="pixel")
     parser.add_argument("--encoder", default="thumbnail", help=", ".join(ENCODERS))
-    parser.add_argument("--rank", type=rank_argument, help="directions kept, or full (default 64)")
+    parser.add_argument("--rank", type=rank_argument, default=RANK, help="directions kept, or full")
     parser.add_argument("--dtype", default="int8", help="of the coefficients: int8, float16 or float32")
     parser.add_argument("--flip", action="store_true", help="mirrored images are entries of their own")
     args = parser.parse_args()
@@ -494,8 +531,7 @@ def main():
         features = np.load(args.features, mmap_mode="r")
         if features.ndim != 2 or features.dtype.kind != "f":
             raise ValueError(f"{args.features} holds {features.dtype} {features.shape}, not floats (N, D)")
-        rank = {None: min(64, *features.shape), "full": None}.get(args.rank, args.rank)
-        bank = MemoryBank.build(features, rank, args.dtype, encoder="unknown")
+        bank = MemoryBank.build(features, args.rank, args.dtype)
         bank.save(args.out)
     else:
         device = best_device()

@@ -64,7 +64,7 @@ def _named(prefix, sizes, **switches):
 
 CONFIGS = {  # the sizes of the SiT and LightningDiT papers, and one for a CPU
     **{f"SiT-T/{p}": dict(hidden_size=256, depth=4, num_heads=4, patch_size=p, predict_x=True)
-       for p in (4, 8)},
+       for p in (4, 8, 16)},
     **_named("SiT", [("S", 2), ("B", 2), ("L", 2), ("XL", 2)]),
     **_named("LightningDiT", [("S", 1), ("B", 1), ("B", 2), ("L", 2), ("XL", 1), ("XL", 2)],
              swiglu=True, rmsnorm=True, rope=True),
@@ -270,7 +270,9 @@ def flow_loss(model, x, s=None, y=None, drop=0.1, uniform_t=False, targets=None,
     v = model(x_t, t, s, y)
     v, tokens = v if targets is not None else (v, None)
     v = v.float()
-    loss = F.mse_loss(v, u) + 1 - F.cosine_similarity(v, u, dim=1).mean()
+    # written out, because F.cosine_similarity over channels takes a quarter of a step on a CPU
+    cos = (v * u).sum(1) * (v.square().sum(1) * u.square().sum(1)).clamp_min(1e-8).rsqrt()
+    loss = F.mse_loss(v, u) + 1 - cos.mean()
     if targets is not None:
         loss = loss - align * F.cosine_similarity(tokens.float(), targets, dim=-1).mean()
     return loss

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from memory import (Blocks, MemoryBank, barrier, best_device, cli, init_distributed, mask, rank_world,
+from memory import (Blocks, MemoryBank, best_device, cli, init_distributed, load_pt, mask, rank_world,
                     replacing)
 from model import load_sit
 
@@ -76,14 +76,12 @@ def guided(model, s=None, y=None, cfg=1.0, interval=(0.0, 1.0)):
     y2 = None if y is None else torch.cat([y, torch.full_like(y, model.config.num_classes)])
 
     def v(x, t):
-        if not interval[0] <= float(t[0]) <= interval[1]:
+        if not interval[0] - 1e-6 <= float(t[0]) <= interval[1] + 1e-6:  # t is float32
             return model(x, t, s, y)
         v_s, v_null = model(torch.cat([x, x]), torch.cat([t, t]), s2, y2).chunk(2)
         return torch.lerp(v_null, v_s, cfg)
     return v
 
-
-METHODS = ("euler", "heun", "sde-euler", "sde-heun")
 
 # ----------------------------------------------------------------------------- images
 
@@ -102,8 +100,8 @@ def generate(model, ids, bank=None, seed=0, method="heun", steps=25, shift=0.0, 
     """
     config, device = model.config, next(model.parameters()).device
     shape = (config.in_channels, config.input_size, config.input_size)
-    streams = [torch.Generator().manual_seed(seed_of(seed, i)) for i in ids]
-    draw = lambda f, *args: torch.stack([f(*args, generator=g) for g in streams])
+    streams = [torch.Generator().manual_seed(seed_of(1, seed, i)) for i in ids]  # 0: training
+    draw = lambda f, *args: torch.stack([f(*args, generator=g) for g in streams])  # each image from its own
     s = y = None
     if config.memory_dim:
         s = bank[draw(torch.randint, len(bank), ()).numpy()]
@@ -154,14 +152,7 @@ def save_images(images, out):
 
 def load_checkpoint(path):
     """A checkpoint of train.py, mapped into memory -> dict (keys: see train.py)"""
-    try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        missing = {"model", "ema", "config", "meta", "bank", "step"} - set(ckpt)
-    except (RuntimeError, AttributeError, TypeError, EOFError, ImportError, KeyError) as e:
-        raise ValueError(f"{path} is not a checkpoint of train.py, or damaged: {e}") from e
-    if missing:
-        raise ValueError(f"{path} is not a checkpoint of train.py: it lacks {', '.join(sorted(missing))}")
-    return ckpt
+    return load_pt(path, ("step", "model", "ema", "optimizer", "config", "meta", "args", "bank"))
 
 
 def main():
@@ -171,7 +162,7 @@ def main():
     parser.add_argument("--num-images", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=64, help="of one process")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--method", choices=METHODS, default="heun")
+    parser.add_argument("--method", choices=("euler", "heun", "sde-euler", "sde-heun"), default="heun")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--shift", type=float, default=0.0, help="of the time grid (ODE); official GMem: 0.3")
     parser.add_argument("--cfg", type=float, default=1.0, help="guidance; 1: none")
@@ -215,12 +206,11 @@ def main():
         blocks.write(rows, images=decode(x, ckpt["meta"]))
         bar.update(len(rows))
     bar.close()
-    barrier()
+    blocks.finish()
     if me == 0:
         save_images(blocks.arrays["images.npy"], out)
         shutil.rmtree(out + ".parts")
         print(f"wrote {out}")
-    barrier()
 
 
 if __name__ == "__main__":

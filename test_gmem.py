@@ -1,4 +1,5 @@
-"""Tests of GMem: numbers against an independent computation, a run against a run. Needs neither GPU nor network."""
+"""Tests of GMem: numbers against an independent computation, a run against a run; no GPU, no network."""
+import argparse
 import json
 import os
 import subprocess
@@ -10,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from memory import Images, MemoryBank, center_crop, glyphs, mask, prepare, thumbnail, to_rgb
+import memory
+import sample
+import train
+from memory import Blocks, Images, MemoryBank, center_crop, glyphs, mask, prepare, thumbnail, to_rgb
 from model import CONFIGS, SiT, SiTConfig, flow_loss, load_sit, sincos_pos_embed
 from sample import decode, generate, guided, ode, sde
 from train import Data, learning_rate, split
@@ -43,8 +47,9 @@ def load(path):
 
 
 @pytest.mark.parametrize("switches", [
-    {}, dict(swiglu=True), dict(rmsnorm=True), dict(rope=True), dict(qk_norm=True), dict(learn_sigma=True),
-    dict(num_classes=5), dict(memory_dim=12), dict(memory_dim=12, num_classes=5, align_dim=7, align_depth=1),
+    {}, dict(swiglu=True), dict(rmsnorm=True), dict(predict_x=True), dict(rope=True), dict(qk_norm=True),
+    dict(learn_sigma=True), dict(num_classes=5), dict(memory_dim=12),
+    dict(memory_dim=12, num_classes=5, align_dim=7, align_depth=1),
     dict(swiglu=True, rmsnorm=True, rope=True, qk_norm=True, zero_init=False, memory_dim=12)], ids=str)
 def test_every_switch_has_its_shape_and_gradients(switches):
     torch.manual_seed(0)
@@ -52,8 +57,9 @@ def test_every_switch_has_its_shape_and_gradients(switches):
     x, t = torch.randn(3, 3, 8, 8), torch.rand(3)
     s = torch.randn(3, 12) if model.config.memory_dim else None
     y = torch.tensor([0, 4, 5]) if model.config.num_classes else None
-    if model.config.zero_init:
-        assert torch.equal(model.eval()(x, t, s, y), torch.zeros_like(x))  # adaLN-zero: nothing at first
+    if model.config.zero_init:  # adaLN-zero: the network gives nothing at first
+        want = -x / (1 - t).clamp_min(0.05)[:, None, None, None] if model.config.predict_x else 0 * x
+        assert torch.equal(model.eval()(x, t, s, y), want)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
     out = model.train()(x, t, s, y)
@@ -70,17 +76,15 @@ def test_names_and_sizes_are_the_official_ones():
     # 675,129,632 of the official SiT-XL/2 count its fixed position table, which is a buffer here
     assert sum(p.numel() for p in model.parameters()) + model.pos_embed.numel() == 675_129_632
     names = set(SiT(SiTConfig(**TINY, memory_dim=4, swiglu=True, rmsnorm=True, rope=True, qk_norm=True,
-                              align_dim=4,
-                              align_depth=1)).state_dict())
+                              align_dim=4, align_depth=1)).state_dict())
     block = {f"blocks.{i}.{n}" for i in (0, 1) for n in (
         "norm1.weight", "norm2.weight", "attn.qkv.weight", "attn.qkv.bias", "attn.q_norm.weight",
         "attn.k_norm.weight", "attn.proj.weight", "attn.proj.bias", "mlp.w12.weight", "mlp.w12.bias",
-        "mlp.w3.weight", "mlp.w3.bias",
-        "adaLN_modulation.1.weight", "adaLN_modulation.1.bias")}
+        "mlp.w3.weight", "mlp.w3.bias", "adaLN_modulation.1.weight", "adaLN_modulation.1.bias")}
     assert names == block | {f"{n}.{k}" for k in ("weight", "bias") for n in (
         "x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2", "condition_projection.linear",
-        "projector.0.0",
-        "projector.0.2", "projector.0.4", "final_layer.linear", "final_layer.adaLN_modulation.1")} | {
+        "projector.0.0", "projector.0.2", "projector.0.4", "final_layer.linear",
+        "final_layer.adaLN_modulation.1")} | {
         "pos_embed", "final_layer.norm_final.weight", "feat_rope.freqs_cos", "feat_rope.freqs_sin"}
 
 
@@ -94,8 +98,7 @@ def test_model_against_plain_formulas():
     x, t, s = torch.randn(1, 3, 8, 8).double(), torch.tensor([0.3]).double(), torch.randn(1, 12).double()
     lin = lambda name, v: v @ w[name + ".weight"].T + w[name + ".bias"]
     silu = lambda v: v / (1 + torch.exp(-v))
-    norm = lambda v: (v - v.mean(-1, keepdim=True)) / \
-                      torch.sqrt(v.var(-1, unbiased=False, keepdim=True) + 1e-6)
+    norm = lambda v: (v - v.mean(-1, keepdim=True)) / (v.var(-1, unbiased=False, keepdim=True) + 1e-6) ** 0.5
     freq = t[:, None] * 10000 ** (-torch.arange(128).double() / 128)
     c = lin("t_embedder.mlp.2", silu(lin("t_embedder.mlp.0", torch.cat([freq.cos(), freq.sin()], 1))))
     c = silu(c + lin("condition_projection.linear", s))
@@ -153,30 +156,28 @@ def test_loss_is_mse_plus_cosine_at_the_drawn_noise():
 
 def test_loss_falls_and_the_snippets_matter():
     torch.manual_seed(0)
-    images, _ = glyphs(n=520, size=16)
-    x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-    s = MemoryBank.build(thumbnail(x), rank=64)[:]
-    model = SiT(
-    SiTConfig(
-        **CONFIGS["SiT-T/8"],
-        input_size=16,
-        in_channels=3,
-        memory_dim=768,
-         memory_scale=27.7))
-    optimizer = torch.optim.AdamW(model.parameters(), 2e-3, betas=(0.9, 0.95))
-    first = flow_loss(model, x, s).item()
-    for _ in range(60):
+    x = torch.from_numpy(glyphs(n=520, size=16)[0]).permute(0, 3, 1, 2).float() / 127.5 - 1
+    s = MemoryBank.build(thumbnail(x))[:]
+    config = SiTConfig(**CONFIGS["SiT-T/8"], input_size=16, in_channels=3, memory_dim=768, memory_scale=28)
+    model = SiT(config)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, betas=(0.9, 0.95))
+    for _ in range(150):
         i = torch.randint(len(x), (64,))
         flow_loss(model, x[i], s[i]).backward()
         optimizer.step()
         optimizer.zero_grad()
 
     @torch.no_grad()
-    def loss(s):
+    def loss(s, model=model.eval()):
         torch.manual_seed(1)
-        return flow_loss(model.eval(), x, s, drop=0).item()
+        return flow_loss(model, x, s, drop=0).item()
+
+    def flat(x_t, t, s, y):  # the best that knows no shapes: each image in its own mean colour
+        return (x.mean((2, 3), keepdim=True) - x_t) / (1 - t[:, None, None, None]).clamp_min(0.05)
+    flat.config = model.config
     right, shuffled, null = loss(s), loss(s.roll(1, 0)), loss(torch.zeros_like(s))
-    assert right < 0.7 * first and right < 0.9 * null < 0.9 * shuffled, (first, right, null, shuffled)
+    print(loss(s, flat), right, null, shuffled)
+    assert right < 0.5 * loss(s, flat) and right < 0.8 * null and null < 0.9 * shuffled
 
 
 # ----------------------------------------------------------------------------- samplers
@@ -198,10 +199,8 @@ def law(sampler, steps, **kw):
     z, calls = torch.zeros(1, steps + 2, dtype=torch.float64), iter(range(1, steps + 1))
     z[0, 0] = 1
     if sampler is sde:
-        kw = dict(kw,
-    last_step=1e-4,
-    noise=lambda x: F.one_hot(torch.tensor([next(calls)]),
-     steps + 2).double())
+        noise = lambda x: F.one_hot(torch.tensor([next(calls)]), steps + 2).double()
+        kw = dict(kw, last_step=1e-4, noise=noise)
     x = sampler(v, z, steps, **kw)[0]
     return x[-1].item(), x[:-1].square().sum().item()
 
@@ -214,6 +213,16 @@ def test_samplers_reach_a_gaussian_with_their_order(sampler, method, order):
                     for m in (n, k * n))
     assert max(fine) < 2e-3
     assert order - 0.15 < np.log(coarse[1] / fine[1]) / np.log(k) < order + 0.5, (coarse, fine)
+
+
+@pytest.mark.parametrize("method, calls", [("euler", 11), ("heun", 21)])
+def test_the_sde_ends_with_a_step_without_noise(method, calls):
+    """Where v is zero, dx = -x dt + noise: the last step multiplies by 1 - 0.004."""
+    seen = []
+    v = lambda x, t: seen.append((t.item(), x.item())) or torch.zeros_like(x)
+    x = sde(v, torch.ones(1, 1, dtype=torch.float64), 10, method)
+    t, before = seen[-1]
+    assert len(seen) == calls and t == pytest.approx(0.996) and x.item() == pytest.approx(0.996 * before)
 
 
 def test_time_shift_is_the_official_map():
@@ -231,15 +240,12 @@ def test_guidance_acts_in_its_interval_only_and_costs_nothing_outside():
         return y.double().view(-1, 1) + s.sum(1, keepdim=True)
     model.config = config
     s, y = torch.ones(2, 3, dtype=torch.float64), torch.tensor([1, 2])
-    v = guided(model, s, y, cfg=2.5, interval=(0.3, 0.6))
-    at = lambda t: v(
-    torch.zeros(
-        2, 1, dtype=torch.float64), torch.full(
-            (2,), t, dtype=torch.float64)).flatten()
-    plain = torch.tensor([4.0, 5.0])
-    assert torch.equal(at(0.2), plain.double()) and torch.equal(at(0.7), plain.double()) and sizes == [2, 2]
-    assert torch.allclose(at(0.5), 5 + 2.5 * (plain.double() - 5)
-                          ) and sizes == [2, 2, 4]  # null: label 5, s = 0
+    v = guided(model, s, y, cfg=2.5, interval=(0.3, 0.7))
+    at = lambda t: v(torch.zeros(2, 1), torch.full((2,), t)).flatten()  # in float32 0.7 is less than 0.7
+    plain = torch.tensor([4, 5]).double()
+    assert torch.equal(at(0.29), plain) and torch.equal(at(0.71), plain) and sizes == [2, 2]
+    for t in (0.3, 0.5, 0.7):  # null: label 5, s = 0
+        assert torch.allclose(at(t), 5 + 2.5 * (plain - 5)) and sizes.pop() == 4
 
 
 # ----------------------------------------------------------------------------- memory
@@ -247,9 +253,8 @@ def test_guidance_acts_in_its_interval_only_and_costs_nothing_outside():
 
 def features(n=700, d=96, seed=0):
     g = torch.Generator().manual_seed(seed)
-    f = torch.randn(n, d, generator=g) @ torch.diag(0.9 **
-                    torch.arange(d)) @ torch.randn(d, d, generator=g) + 1
-    return F.normalize(f, dim=1)
+    f = torch.randn(n, d, generator=g) * 0.9 ** torch.arange(d) @ torch.randn(d, d, generator=g)
+    return F.normalize(f + 1, dim=1)
 
 
 @pytest.mark.parametrize("kind", ["plain", "repeated rows", "fewer rows than numbers", "constant columns"])
@@ -272,7 +277,7 @@ def test_bank_is_the_truncated_svd(kind):
     assert np.allclose(gram, np.eye(r), atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype, worst", [("float32", 2e-6), ("float16", 5e-4), ("int8", 0.03)])
+@pytest.mark.parametrize("dtype, worst", [("float32", 2e-6), ("float16", 5e-4), ("int8", 0.01)])
 def test_quantisation_error(dtype, worst):
     f = features()
     exact, bank = MemoryBank.build(f.double(), 24, "float32"), MemoryBank.build(f, 24, dtype)
@@ -286,21 +291,14 @@ def test_bank_indexing_file_and_immutability(tmp_path):
     bank = MemoryBank.build(f, 24, labels=np.arange(700) % 7, encoder="thumbnail")
     bank.save(tmp_path / "bank.pt")
     again = MemoryBank.load(tmp_path / "bank.pt")
-    assert again.id == bank.id != MemoryBank.build(
-    f,
-    23).id and (
-        len(again),
-        again.dim,
-        again.rank) == (
-            700,
-            96,
-             24)
+    assert again.id == bank.id != MemoryBank.build(f, 23).id
+    assert (len(again), again.dim, again.rank) == (700, 96, 24)
     assert again.encoder == "thumbnail" and (again.labels == bank.labels).all()
     assert bank[3].shape == (96,) and torch.equal(bank[3], bank[[3]][0]) and torch.equal(bank[-1], bank[699])
     assert torch.allclose(again[torch.tensor([5, 1])], bank[:][[5, 1]],
                           atol=1e-6) and again[0:0].shape == (0, 96)
     assert torch.allclose(bank[:].norm(dim=1), torch.ones(700), atol=1e-5)
-    assert torch.allclose(bank.decode(bank.project(bank[:9])), bank[:9], atol=2e-3)
+    assert torch.allclose(bank.decode(bank.project(bank[:9])), bank[:9], atol=1e-4)
     for bad in (700, -701, [0, 700]):
         with pytest.raises(IndexError):
             bank[bad]
@@ -321,7 +319,7 @@ def test_bank_refuses_bad_input(tmp_path):
     with pytest.raises(ValueError, match="NaN"):
         MemoryBank.build(f.clone().fill_(float("nan")), 4)
     (tmp_path / "bank.pt").write_bytes(b"PK\x03\x04 nothing")
-    with pytest.raises(ValueError, match="not a memory bank"):
+    with pytest.raises(ValueError, match="bank.pt is damaged"):
         MemoryBank.load(tmp_path / "bank.pt")
 
 
@@ -363,14 +361,8 @@ def test_images_of_every_mode_become_rgb(tmp_path):
     wide.save(tmp_path / "w.png", exif=wide.getexif())
     with Image.open(tmp_path / "w.png") as image:
         assert to_rgb(image).size == (4, 6)
-    crop = center_crop(
-    Image.fromarray(
-        np.arange(
-            90,
-            dtype=np.uint8).repeat(30).reshape(
-                90,
-                30)).convert("RGB"),
-                 10)
+    tall = np.arange(90, dtype=np.uint8).repeat(30).reshape(90, 30)
+    crop = center_crop(Image.fromarray(tall).convert("RGB"), 10)
     assert crop.size == (10, 10) and abs(np.asarray(crop).mean() - 44.5) < 1
 
 
@@ -382,11 +374,8 @@ def test_arrays_are_mapped_not_loaded(tmp_path):
     np.save(tmp_path / "c.npy", x)
     for name, labelled in (("a.npz", True), ("b.npz", True), ("c.npy", False)):
         images = Images(str(tmp_path / name), 8)
-        assert all(
-    (images[i] == x[i]).all() for i in range(5)) and isinstance(
-        images.array,
-        np.memmap) == (
-            name != "b.npz")
+        assert all((images[i] == x[i]).all() for i in range(5))
+        assert isinstance(images.array, np.memmap) == (name != "b.npz")
         assert (images.labels == (y if labelled else -1)).all()
 
 
@@ -403,8 +392,8 @@ def test_preparation_of_a_folder(tmp_path):
     meta = prepare(str(tmp_path / "images"), str(tmp_path / "data"), 24, flip=True)
     latents, stored = np.load(tmp_path / "data" / "latents.npy"), np.load(tmp_path / "data" / "labels.npy")
     order = np.argsort(labels % 2, kind="stable")
-    assert (latents[:40] == x[order].transpose(0, 3, 1, 2)).all() and (
-        stored == np.tile(np.sort(labels % 2), 2)).all()
+    assert (latents[:40] == x[order].transpose(0, 3, 1, 2)).all()
+    assert (stored == np.tile(np.sort(labels % 2), 2)).all()
     assert (latents[40:] == latents[:40, :, :, ::-1]).all() and meta["classes"] == ["class0", "class1"]
     f = F.normalize(thumbnail(torch.from_numpy(latents).float() / 127.5 - 1), dim=1)
     bank = MemoryBank.load(tmp_path / "data" / "bank.pt")  # a mirrored image has a snippet of its own
@@ -436,48 +425,48 @@ def test_folder_to_samples(tmp_path):
               "--method", "sde-heun", "--cfg", "1.5", "--cfg-interval", "0.2", "1", "--mask", "0.3",
               "--seed", "5"]
     run(*sample, "--out", tmp_path / "a.npz", "--batch-size", "4")
-    run(*sample, "--out", tmp_path / "b.npz", processes=2)
+    run(*sample, "--out", tmp_path / "b.npz", "--batch-size", "3", processes=2)
     a, b = np.load(tmp_path / "a.npz")["arr_0"], np.load(tmp_path / "b.npz")["arr_0"]
     x = generate(load_sit(ckpt), [7, 3], MemoryBank.load(out / "data" / "bank.pt"), 5, "sde-heun", 3, cfg=1.5,
                  interval=(0.2, 1.0), mask_ratio=0.3)
-    assert a.shape == (
-    10, 16, 16, 3) and a.dtype == np.uint8 and len(
-        np.unique(
-            a.reshape(
-                10, -1), axis=0)) == 10
-    for other in (b, np.concatenate([a[:3], decode(x, ckpt["meta"])[
-                  1:], a[4:7], decode(x, ckpt["meta"])[:1], a[8:]])):
-        assert np.abs(a.astype(int) - other).max() <= 1  # rounding of sums
+    assert a.shape == (10, 16, 16, 3) and a.dtype == np.uint8
+    assert len(np.unique(a.reshape(10, -1), axis=0)) == 10
+    assert np.abs(a.astype(int) - b).max() <= 1  # rounding of sums
+    assert np.abs(a[[7, 3]].astype(int) - decode(x, ckpt["meta"])).max() <= 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz", "b.npz", "images", "out"]
 
     # the baselines, through the same code
     for condition in ("class", "none"):
         run(*quick, tmp_path / condition, "--condition", condition)
         ckpt = load(tmp_path / condition / "ckpt.pt")
-        assert ckpt["config"]["num_classes"] == (
-    2 if condition == "class" else 0) and ckpt["config"]["memory_dim"] == 0
-    run("sample.py", "--ckpt", tmp_path / "class" / "ckpt.pt", "--label", 1, "--num-images", 2, "--steps", 2,
-        "--out",
-        tmp_path / "pngs")
-    assert sorted(os.listdir(tmp_path / "pngs")) == ["000000.png", "000001.png"]
+        assert ckpt["config"]["num_classes"] == (2 if condition == "class" else 0)
+        assert ckpt["config"]["memory_dim"] == 0
+    ckpt = tmp_path / "class" / "ckpt.pt"
+    pngs = tmp_path / "pngs"
+    run("sample.py", "--ckpt", ckpt, "--label", 1, "--num-images", 2, "--steps", 2, "--out", pngs)
+    x = decode(generate(load_sit(load(ckpt)), [0, 1], steps=2, label=1), load(ckpt)["meta"]).astype(int)
+    assert sorted(os.listdir(pngs)) == ["000000.png", "000001.png"]
+    assert all(np.abs(x[i] - np.array(Image.open(pngs / f"00000{i}.png"))).max() <= 1 for i in (0, 1))
 
 
 def test_two_processes_and_a_resumed_run_take_the_same_steps(tmp_path):
-    np.savez(tmp_path / "x.npz", arr_0=glyphs(n=50, size=16)[0])
+    np.savez(tmp_path / "x.npz", arr_0=glyphs(n=300, size=16)[0])
     quick = ["train.py", *QUICK, "--data", tmp_path / "x.npz", "--log-every", "1"]
     run(*quick, "--steps", "8", "--micro-batch", "4", "--out", tmp_path / "one")
     run(*quick, "--steps", "8", "--micro-batch", "4", "--out", tmp_path / "two", processes=2)
     run(*quick, "--steps", "5", "--micro-batch", "4", "--out", tmp_path / "cut")
     run("train.py", "--resume", "--steps", "8", "--out", tmp_path / "cut", "--device", "cpu")
     one, two, cut = (load(tmp_path / name / "ckpt.pt") for name in ("one", "two", "cut"))
+    for name in ("latents.npy", "bank.pt", "meta.json"):  # 300 images are two blocks, one for each process
+        assert (tmp_path / "one/data" / name).read_bytes() == (tmp_path / "two/data" / name).read_bytes()
     for part in ("model", "ema"):
         for k, v in one[part].items():
             assert torch.equal(v, cut[part][k]), k
             assert torch.allclose(v, two[part][k], atol=2e-5), (k, (v - two[part][k]).abs().max())
-    log = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-                       for name in ("one", "cut")]
-    assert [(e["step"], e["loss"], e["lr"]) for e in log[0]] == [
-             (e["step"], e["loss"], e["lr"]) for e in log[1]]
+    one, two, cut = ([[json.loads(line)[k] for k in ("step", "loss", "grad_norm", "lr")] for line in open(
+        tmp_path / name / "log.jsonl")] for name in ("one", "two", "cut"))
+    assert one == cut and np.allclose(one, two, rtol=2e-3)
+    assert "nothing to do" in run("train.py", "--resume", "--out", tmp_path / "cut", "--device", "cpu")
     assert "cannot go on with --batch-size 32, not 16" in run(
         "train.py", "--resume", "--out", tmp_path / "cut", "--batch-size", "32", fails=True)
 
@@ -488,8 +477,9 @@ def test_batches_cover_every_image_once_an_epoch(tmp_path):
     data = Data(str(tmp_path / "data"), seed=3, device=torch.device("cpu"))
     rows = np.concatenate([data.rows(a, a + 5) for a in range(0, 100, 5)])
     assert (np.sort(rows[:50]) == np.arange(50)).all() and (np.sort(rows[50:]) == np.arange(50)).all()
-    assert not (rows[:50] == rows[50:]).all() and (np.sort(data.rows(40, 120)) == np.sort(
-        np.concatenate([data.rows(40, 50), np.arange(50), data.rows(100, 120)]))).all()
+    assert not (rows[:50] == rows[50:]).all()
+    parts = [data.rows(40, 50), np.arange(50), data.rows(100, 120)]
+    assert (np.sort(data.rows(40, 120)) == np.sort(np.concatenate(parts))).all()
     i = data.rows(48, 53)
     (x, s, y), = data.batches([(48, 53)])
     assert torch.equal(y, torch.full((5,), -1)) and torch.equal(s, data.bank[i])
@@ -498,23 +488,35 @@ def test_batches_cover_every_image_once_an_epoch(tmp_path):
 
 
 def test_schedule_and_split():
-    from argparse import Namespace
-    args = Namespace(lr=2.0, warmup=10, decay=(60, 100))
+    args = argparse.Namespace(lr=2.0, warmup=10, decay=(60, 100))
     assert [learning_rate(k, args) for k in (0, 9, 30, 60, 80, 100)] == pytest.approx([0.2, 2, 2, 2, 1, 0])
     assert split(64, None, 2) == (32, 1) and split(64, 8, 2) == (8, 4)
-    with pytest.raises(ValueError, match="64 or 66|63 or 66"):
+    with pytest.raises(ValueError, match="63 or 66"):
         split(64, None, 3)
     with pytest.raises(ValueError, match="1, 2, 4, 8, 16, 32"):
         split(64, 5, 2)
 
 
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
+def test_blocks_go_on_after_a_kill_and_start_anew_with_other_settings(tmp_path):
+    make = lambda settings: Blocks(str(tmp_path / "b"), settings, {"x.npy": ((10, 2), "int64")}, 4)
+    blocks = make({"a": 1})
+    assert blocks.todo == [range(0, 4), range(4, 8), range(8, 10)]
+    blocks.write(range(4, 8), x=np.full((4, 2), 7))
+    again = make({"a": 1})
+    assert again.todo == [range(0, 4), range(8, 10)] and (again.arrays["x.npy"][4:8] == 7).all()
+    with pytest.raises(RuntimeError, match="2 of 3 blocks"):
+        again.finish()
+    assert len(make({"a": 2}).todo) == 3
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
     out = ["--out", tmp_path / "out"]
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "x.png").write_bytes(b"no image")
     np.save(tmp_path / "f.npy", np.zeros((4, 8, 8, 3), np.float32))
     torch.save({"model": {}}, tmp_path / "c.pt")
+    torch.save(argparse.Namespace(), tmp_path / "x.pt")  # a class: weights_only refuses it
     for command, message in [
             (["train.py", "--data", tmp_path / "nowhere", *out], "does not exist"),
             (["train.py", "--data", tmp_path / "empty", *out], "no images"),
@@ -525,9 +527,16 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
             (["train.py", "--steps", "9999", *out], "--decay A B"),
             (["train.py", "--image-size", "0", *out], "--image-size 0 is not positive"),
             (["train.py", "--resume", *out], "ckpt.pt"),
-            (["memory.py", "--data", tmp_path / "empty", "--encoder",
-             "clip", *out], "unknown encoder clip; known: thumbnail"),
+            (["train.py", "--image-size", "24", *out], "24 is no multiple of 16, SiT-T/16's patch"),
+            (["memory.py", "--data", tmp_path / "empty", "--encoder", "clip", *out], "known: thumbnail"),
+            (["memory.py", "--features", tmp_path / "f.npy", *out], "not floats (N, D)"),
             (["sample.py", "--ckpt", tmp_path / "nowhere.pt"], "nowhere.pt"),
-            (["sample.py", "--ckpt", tmp_path / "c.pt"], "it lacks bank, config, ema, meta, step")]:
-        assert message in run(*command, fails=True)
+            (["sample.py", "--ckpt", tmp_path / "x.pt"], "x.pt is damaged"),
+            (["sample.py", "--ckpt", tmp_path / "c.pt"], "it lacks args, bank, config")]:
+        monkeypatch.setattr(sys, "argv", [*map(str, command)])
+        with pytest.raises(SystemExit) as stop:
+            memory.cli({"train.py": train, "sample.py": sample, "memory.py": memory}[command[0]].main)
+        shown = [line for line in capsys.readouterr().err.splitlines() if "img/s]" not in line]  # no bars
+        assert stop.value.code == 2 and message in shown[0] and len(shown) == 1 and len(shown[0]) < 250, shown
     assert not (tmp_path / "out" / "ckpt.pt").exists()
+    assert "unknown model" in run("train.py", "--model", "SiT-Q", *out, fails=True)  # as a process, too

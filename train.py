@@ -26,29 +26,31 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
-from memory import (MemoryBank, best_device, cli, init_distributed, prepare, rank_argument, rank_world,
+from memory import (RANK, MemoryBank, best_device, cli, init_distributed, prepare, rank_argument, rank_world,
                     read_json, replacing)
 from model import CONFIGS, SiT, SiTConfig, flow_loss
 from sample import decode, generate, load_checkpoint, save_images, seed_of
 
 # ----------------------------------------------------------------------------- settings
 
-GLYPHS = dict(data="glyphs", image_size=16, model="SiT-T/8", steps=1500, batch_size=128, lr=2e-3, warmup=50,
-              decay=(900, 1500), save_every=500, log_every=50, memory_scale=None)
+GLYPHS = dict(data="glyphs", image_size=32, model="SiT-T/16", steps=1300, batch_size=128, lr=1e-3, warmup=50,
+              decay=(750, 1300), save_every=325, log_every=50, memory_scale=None)
 OFFICIAL = dict(image_size=256, tokenizer="vavae-f16d32", encoder="dinov2_vitb14", flip=True, batch_size=1024,
                 lr=2e-4, warmup=1000, decay=None, save_every=2500, log_every=100, memory_scale=1.0)
-PRESETS = {  # the last three: configs/gmem_sde_{b,xl}.yaml of the official GMem
+PRESETS = {  # imagenet256: configs/gmem_sde_{b,xl}.yaml of the official GMem, but for its bank of full rank
     "glyphs": GLYPHS,
-    "imagenet256-b": dict(OFFICIAL, data="data/imagenet256", model="LightningDiT-B/1", steps=80_000),
+    "imagenet256-b": dict(OFFICIAL, data="data/imagenet256", model="LightningDiT-B/1", steps=80_000,
+                          save_every=20_000),
     "imagenet256-xl": dict(OFFICIAL, data="data/imagenet256", model="LightningDiT-XL/1", steps=200_000),
     "imagenet512-xl": dict(OFFICIAL, data="data/imagenet512", model="LightningDiT-XL/1", steps=200_000,
                            image_size=512),
 }
-FIXED = "data image_size model condition batch_size micro_batch seed mask memory_scale".split()
+FIXED = "data image_size model condition batch_size seed mask memory_scale".split()  # in a resumed run
 
 
 def arguments():
     parser = argparse.ArgumentParser(description="Trains GMem; --preset gives the defaults of the rest.",
+                                     allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="glyphs", help=" ")
@@ -57,7 +59,7 @@ def arguments():
     add("--image-size", type=int)
     add("--tokenizer", default="pixel")
     add("--encoder", default="thumbnail")
-    add("--rank", type=rank_argument, help="of the bank, or full (None: 64)")
+    add("--rank", type=rank_argument, default=RANK, help="of the bank, or full")
     add("--flip", action=argparse.BooleanOptionalAction, default=False, help="mirrored images too")
     add("--model", help=f"one of {', '.join(CONFIGS)}")
     add("--condition", choices=("memory", "class", "none"), default="memory", help="class, none: plain SiT")
@@ -79,7 +81,7 @@ def arguments():
     add("--device", help="cuda, mps or cpu (None: the best there is)")
     add("--dtype", choices=("bfloat16", "float32"), help="of the forward pass (None: bfloat16 on CUDA)")
     add("--compile", action=argparse.BooleanOptionalAction, help="(None: on CUDA)")
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # only looks for --preset
     first.add_argument("--preset", default="glyphs")
     parser.set_defaults(**PRESETS.get(first.parse_known_args()[0].preset, {}))
     args, ckpt = parser.parse_args(), None
@@ -99,8 +101,9 @@ def arguments():
     for name in ("steps", "batch_size", "save_every", "log_every", "image_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} is not positive")
-    a, b = args.decay = args.decay or (0, 0)
-    if b and not a < b >= args.steps:
+    args.decay = args.decay or (0, 0)
+    a, b = args.decay
+    if b > 0 and (a >= b or b < args.steps):
         raise ValueError(f"the learning rate falls to 0 from step {a} to {b}, but --steps is {args.steps}: "
                          "give --decay A B with A < B and B >= --steps, or 0 0")
     return args, ckpt
@@ -130,9 +133,8 @@ class Data:
         return np.sort(np.concatenate(out))  # the order within a batch is free, and sorted reads are fast
 
     def read(self, a, b):
-        i = self.rows(a, b)
-        x, y = (torch.from_numpy(np.asarray(a[i])) for a in (self.latents, self.labels))
-        batch = [x, self.bank[i], y]
+        i = self.rows(a, b)  # only numpy here: a second thread with OpenMP would take the cores from the first
+        batch = [torch.from_numpy(np.asarray(v[i])) for v in (self.latents, self.bank.coef, self.labels)]
         return [v.pin_memory() for v in batch] if self.device.type == "cuda" else batch
 
     def batches(self, positions):
@@ -146,7 +148,7 @@ class Data:
 
     def to_device(self, batch):
         x, s, y = (v.to(self.device, non_blocking=True) for v in batch)
-        return (x.float() - self.mean) / self.std, s, y
+        return (x.float() - self.mean) / self.std, self.bank.unpack(s), y
 
 
 # ----------------------------------------------------------------------------- training
@@ -185,12 +187,15 @@ def main():
     # data and bank
     folder = args.data
     if not os.path.exists(os.path.join(folder, "meta.json")):
-        folder = os.path.join(args.out, "data")
+        folder, p = os.path.join(args.out, "data"), CONFIGS[args.model]["patch_size"]
+        if args.tokenizer == "pixel" and args.image_size % p:
+            raise ValueError(f"--image-size {args.image_size} is no multiple of {p}, {args.model}'s patch")
         prepare(args.data, folder, args.image_size, args.tokenizer, args.encoder, args.rank, flip=args.flip,
                 device=device)
     data = Data(folder, args.seed, device)
     meta, bank, classes = data.meta, data.bank, len(data.meta["classes"])
-    say(f"data: {args.data}, {len(data.latents):,} of {meta['latent']}, {classes} classes, in {folder}")
+    made = ", ".join(f"{k} {meta['settings'][k]}" for k in ("source", "tokenizer", "encoder"))
+    say(f"data: {len(data.latents):,} of {meta['latent']}, {classes} classes, in {folder} ({made})")
     say(f"bank: {bank}")
     if args.condition == "class" and not classes:
         raise ValueError(f"{args.data} has no labels (class sub-folders) for --condition class")
@@ -198,6 +203,10 @@ def main():
     # model
     if ckpt:
         config = SiTConfig(**ckpt["config"])
+        if ckpt["bank"]["id"] != bank.id:
+            raise ValueError(f"{folder} holds bank {bank.id}, the run was begun with {ckpt['bank']['id']}")
+        if ckpt["args"]["micro_batch"] != args.micro_batch:
+            say(f"micro-batch {args.micro_batch}, was {ckpt['args']['micro_batch']}: other noise from now on")
     else:
         C, size, _ = meta["latent"]
         config = SiTConfig(**CONFIGS[args.model], input_size=size, in_channels=C, mask_ratio=args.mask,
@@ -238,20 +247,20 @@ def main():
             torch.save(state, tmp)
         save_images(decode(generate(ema, range(64), bank), meta), os.path.join(args.out, "samples.png"))
 
-    # the loop
-    mine = ((step, m) for step in range(start, args.steps) for m in range(me, accumulate * world, world))
-    B, b = args.batch_size, args.micro_batch
-    batches = data.batches((step * B + m * b, step * B + (m + 1) * b) for step, m in mine)
+    # the loop; rank r computes the micro-batches m = r, r + world, .. of every step
+    B, size, todo = args.batch_size, args.micro_batch, range(me, accumulate * world, world)
+    begins = (step * B + m * size for step in range(start, args.steps) for m in todo)
+    batches = data.batches((a, a + size) for a in begins)
     log = open(os.path.join(args.out, "log.jsonl"), "a") if me == 0 else None
     bar = tqdm(range(start, args.steps), "training", args.steps, initial=start, unit="step", disable=me > 0)
     total, counted, t0 = torch.zeros((), device=device), 0, time.time()
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
-        for k in range(accumulate):
+        for m in todo:
             x, s, y = next(batches)
-            torch.manual_seed(seed_of(args.seed, step, k * world + me))
-            with net.no_sync() if world > 1 and k < accumulate - 1 else nullcontext():
+            torch.manual_seed(seed_of(0, args.seed, step, m))
+            with net.no_sync() if world > 1 and m != todo[-1] else nullcontext():
                 with torch.autocast(device.type, torch.bfloat16, enabled=half):
                     loss = flow_loss(net, x, s if config.memory_dim else None,
                                      y if config.num_classes else None, args.drop) / accumulate
@@ -266,8 +275,8 @@ def main():
         if (step + 1) % args.log_every == 0 or step + 1 == args.steps:
             mean = total / counted
             if world > 1:
-                dist.all_reduce(mean, dist.ReduceOp.AVG if device.type == "cuda" else dist.ReduceOp.SUM)
-                mean = mean if device.type == "cuda" else mean / world
+                dist.all_reduce(mean)
+                mean /= world
             seconds = time.time() - t0
             line = dict(step=step + 1, loss=round(mean.item(), 5), grad_norm=round(norm.item(), 4),
                         lr=learning_rate(step, args), images_per_s=round(B * counted / seconds, 1),
@@ -278,7 +287,9 @@ def main():
                 bar.set_postfix(loss=f"{line['loss']:.4f}", img_s=f"{line['images_per_s']:.0f}")
             total, counted, t0 = torch.zeros((), device=device), 0, time.time()
         if me == 0 and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
+            began = time.time()
             save(step + 1)
+            t0 += time.time() - began  # not the training's
     say(f"wrote {args.out}/ckpt.pt, samples.png, log.jsonl")
     if world > 1:
         dist.barrier()
