@@ -4,7 +4,6 @@ The memory of GMem (arXiv 2412.08781): from images to what training reads.
     snippet        s_i = f_i / |f_i|                       f_i: features of image i under a frozen encoder
     truncated SVD  s_i ~ mean + sum_k c_ik basis_k         k = 1 .. rank, then scaled to unit norm again
     mask           a random part of the entries of s set to zero, the rest divided by 1 - ratio
-    mix            a new snippet from two, on the unit sphere
 
 A bank is built once and never changes. It is one file, mapped into memory by all processes of a machine.
 
@@ -149,33 +148,31 @@ class MemoryBank:
         if dtype not in ("int8", "float16", "float32"):
             raise ValueError(f"dtype {dtype} of the bank is none of int8, float16, float32")
         rank = fit_rank(rank, N, D)
+        labels = (np.full(N, -1) if labels is None else np.asarray(labels)).astype(np.int64)
+        if rank is None:
+            coef, (zeros, ones) = np.empty((N, D), np.float16), np.float32([[0] * D, [1] * D])
+            for i, s in _blocks(features):
+                coef[i:i + len(s)] = s
+            return MemoryBank(zeros, np.empty((0, D), np.float32), ones, coef, labels, 1.0, encoder)
         total, gram = torch.zeros(D, dtype=torch.float64), torch.zeros(D, D, dtype=torch.float64)
         for _, s in _blocks(features):
             s = s.double()
             total += s.sum(0)
             gram.addmm_(s.T, s)
         mean = total / N
-        values, vectors = torch.linalg.eigh(gram / N - torch.outer(mean, mean))  # ascending
-        values = values.clamp_min(0).flip(0)
-        if rank is None:
-            mean, basis, energy, dtype = torch.zeros(D), torch.zeros(0, D), 1.0, "float16"
-            coef = np.empty((N, D), np.float16)
-        else:
-            basis = vectors.flip(1)[:, :rank].T.contiguous()
-            energy = float(values[:rank].sum() / values.sum().clamp_min(1e-30))
-            coef = np.empty((N, rank), np.float32)
+        values, vectors = torch.linalg.eigh(gram / N - torch.outer(mean, mean))
+        values, basis = values.clamp_min(0), vectors[:, -rank:].flip(1).T.contiguous()  # eigh is ascending
+        energy = float(values[-rank:].sum() / values.sum().clamp_min(1e-30))
+        coef = np.empty((N, rank), np.float32)
         for i, s in _blocks(features):
-            coef[i:i + len(s)] = s if rank is None else ((s.double() - mean) @ basis.T)
-        scale = np.ones(coef.shape[1], np.float32)
+            coef[i:i + len(s)] = (s.double() - mean) @ basis.T
+        scale = np.ones(rank, np.float32)
         if dtype == "int8":
             scale = np.maximum(np.abs(coef).max(axis=0), 1e-12) / 127
-            codes = np.empty(coef.shape, np.int8)
             for i in range(0, N, BLOCK):
-                codes[i:i + BLOCK] = np.rint(coef[i:i + BLOCK] / scale)
-            coef = codes
-        labels = np.full(N, -1) if labels is None else np.asarray(labels)
+                coef[i:i + BLOCK] = np.rint(coef[i:i + BLOCK] / scale)
         return MemoryBank(mean.float().numpy(), basis.float().numpy(), scale, coef.astype(dtype, copy=False),
-                          labels.astype(np.int64), energy, encoder)
+                          labels, energy, encoder)
 
     def save(self, path):
         """One file, readable by torch.load(weights_only=True)."""
@@ -218,7 +215,8 @@ class MemoryBank:
     def _on(self, device):
         """-> mean, basis, scale as tensors, copied to a device once"""
         if device not in self._copies:
-            self._copies[device] = [torch.tensor(a, device=device) for a in (self.mean, self.basis, self.scale)]
+            arrays = self.mean, self.basis, self.scale
+            self._copies[device] = [torch.tensor(a, device=device) for a in arrays]
         return self._copies[device]
 
     def __str__(self):
@@ -394,7 +392,7 @@ def glyphs(n=10400, size=16, seed=0, characters=LETTERS):
 
 
 def thumbnail(x):
-    """images (B, 3, H, W) in [-1, 1] -> (B, 768): 16x16 colour thumbnails; no semantics, no weights."""
+    """images (B, 3, H, W) in [-1, 1] -> (B, 768): colour thumbnails of 16x16. No semantics, no weights."""
     return F.interpolate(x, size=(16, 16), mode="bilinear", antialias=True).flatten(1)
 
 

@@ -240,7 +240,8 @@ class SiT(nn.Module):
             y = x.new_full((B,), cfg.num_classes, dtype=torch.long) if y is None else y
             c = c + self.y_embedder["embedding_table"](y)
         h, proj = F.pixel_unshuffle(x, p).flatten(2).mT, self.x_embedder["proj"]  # (B, T, C*p*p)
-        h = F.linear(h, proj.weight.flatten(1), proj.bias) + self.pos_embed   # (B, T, h): proj, but faster
+        h = F.linear(h, proj.weight.flatten(1), proj.bias)                    # a convolution of stride p, faster
+        h = h + self.pos_embed                                                # (B, T, h)
         for i, block in enumerate(self.blocks, 1):
             h = block(h, c, self.feat_rope)
             if self.training and cfg.align_dim and i == cfg.align_depth:
@@ -249,7 +250,7 @@ class SiT(nn.Module):
         v = h.reshape(B, n, n, p, p, -1).permute(0, 5, 1, 3, 2, 4).reshape(B, -1, n * p, n * p)
         v = v[:, :cfg.in_channels]
         if cfg.predict_x:
-            v = (v - x) / (1 - t[:, None, None, None]).clamp_min(0.05)
+            v = (v - x) / (1 - t[:, None, None, None]).clamp_min(0.05)        # bounded as in that paper
         return (v, tokens) if self.training and cfg.align_dim else v
 
 
@@ -268,7 +269,7 @@ def flow_loss(model, x, s=None, y=None, drop=0.1, uniform_t=False, targets=None,
     y = None if y is None else torch.where(keep, y, num_classes)
     x_t, u = torch.lerp(z, x, t[:, None, None, None]), x - z
     v = model(x_t, t, s, y)
-    v, tokens = v if targets is not None else (v, None)
+    v, tokens = v if isinstance(v, tuple) else (v, None)
     v = v.float()
     # written out, because F.cosine_similarity over channels takes a quarter of a step on a CPU
     cos = (v * u).sum(1) * (v.square().sum(1) * u.square().sum(1)).clamp_min(1e-8).rsqrt()

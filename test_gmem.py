@@ -536,7 +536,8 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [*map(str, command)])
         with pytest.raises(SystemExit) as stop:
             memory.cli({"train.py": train, "sample.py": sample, "memory.py": memory}[command[0]].main)
-        shown = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "img/s]" not in line]
+        shown = capsys.readouterr().err.splitlines()
+        shown = [line for line in shown if line.strip() and "img/s]" not in line]  # no bars
         assert stop.value.code == 2 and message in shown[0] and len(shown) == 1 and len(shown[0]) < 250, shown
     assert not (tmp_path / "out" / "ckpt.pt").exists()
     assert "unknown model" in run("train.py", "--model", "SiT-Q", *out, fails=True)  # as a process, too

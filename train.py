@@ -133,7 +133,7 @@ class Data:
         return np.sort(np.concatenate(out))  # the order within a batch is free, and sorted reads are fast
 
     def read(self, a, b):
-        i = self.rows(a, b)  # only numpy here: a second thread with OpenMP would take the cores from the first
+        i = self.rows(a, b)  # numpy only: OpenMP in a second thread would take the cores from the first
         batch = [torch.from_numpy(np.asarray(v[i])) for v in (self.latents, self.bank.coef, self.labels)]
         return [v.pin_memory() for v in batch] if self.device.type == "cuda" else batch
 
