@@ -33,7 +33,6 @@ class SiTConfig:
     memory_dim: int = 0         # D of the snippets, 0: no memory
     num_classes: int = 0        # 0: no labels
     mask_ratio: float = 0.4     # part of a snippet that is zeroed in training (official GMem: 0.4)
-    memory_scale: float = 1.0   # the snippet is multiplied by this before its linear layer (official: 1)
     learn_sigma: bool = False   # twice the output channels, the second half unused (official SiT weights)
     swiglu: bool = False        # the switches of LightningDiT
     rmsnorm: bool = False
@@ -234,8 +233,7 @@ class SiT(nn.Module):
         c = self.t_embedder(t)                                                # (B, h)
         if cfg.memory_dim:
             s = x.new_zeros(B, cfg.memory_dim) if s is None else s
-            s = F.dropout(s * cfg.memory_scale, cfg.mask_ratio, self.training)
-            c = c + self.condition_projection["linear"](s)
+            c = c + self.condition_projection["linear"](F.dropout(s, cfg.mask_ratio, self.training))
         if cfg.num_classes:
             y = x.new_full((B,), cfg.num_classes, dtype=torch.long) if y is None else y
             c = c + self.y_embedder["embedding_table"](y)

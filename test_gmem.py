@@ -158,7 +158,7 @@ def test_loss_falls_and_the_snippets_matter():
     torch.manual_seed(0)
     x = torch.from_numpy(glyphs(n=520, size=16)[0]).permute(0, 3, 1, 2).float() / 127.5 - 1
     s = MemoryBank.build(thumbnail(x))[:]
-    config = SiTConfig(**CONFIGS["SiT-T/8"], input_size=16, in_channels=3, memory_dim=768, memory_scale=28)
+    config = SiTConfig(**CONFIGS["SiT-T/8"], input_size=16, in_channels=3, memory_dim=768)
     model = SiT(config)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, betas=(0.9, 0.95))
     for _ in range(150):
@@ -176,8 +176,7 @@ def test_loss_falls_and_the_snippets_matter():
         return (x.mean((2, 3), keepdim=True) - x_t) / (1 - t[:, None, None, None]).clamp_min(0.05)
     flat.config = model.config
     right, shuffled, null = loss(s), loss(s.roll(1, 0)), loss(torch.zeros_like(s))
-    print(loss(s, flat), right, null, shuffled)
-    assert right < 0.5 * loss(s, flat) and right < 0.8 * null and null < 0.9 * shuffled
+    assert right < 0.35 * loss(s, flat) and right < 0.9 * null and null < 0.9 * shuffled
 
 
 # ----------------------------------------------------------------------------- samplers

@@ -34,9 +34,9 @@ from sample import decode, generate, load_checkpoint, save_images, seed_of
 # ----------------------------------------------------------------------------- settings
 
 GLYPHS = dict(data="glyphs", image_size=32, model="SiT-T/16", steps=1300, batch_size=128, lr=1e-3, warmup=50,
-              decay=(750, 1300), save_every=325, log_every=50, memory_scale=None)
+              decay=(750, 1300), save_every=325, log_every=50)
 OFFICIAL = dict(image_size=256, tokenizer="vavae-f16d32", encoder="dinov2_vitb14", flip=True, batch_size=1024,
-                lr=2e-4, warmup=1000, decay=None, save_every=2500, log_every=100, memory_scale=1.0)
+                lr=2e-4, warmup=1000, decay=None, save_every=2500, log_every=100)
 PRESETS = {  # imagenet256: configs/gmem_sde_{b,xl}.yaml of the official GMem, but for its bank of full rank
     "glyphs": GLYPHS,
     "imagenet256-b": dict(OFFICIAL, data="data/imagenet256", model="LightningDiT-B/1", steps=80_000,
@@ -45,7 +45,7 @@ PRESETS = {  # imagenet256: configs/gmem_sde_{b,xl}.yaml of the official GMem, b
     "imagenet512-xl": dict(OFFICIAL, data="data/imagenet512", model="LightningDiT-XL/1", steps=200_000,
                            image_size=512),
 }
-FIXED = "data image_size model condition batch_size seed mask memory_scale".split()  # in a resumed run
+FIXED = "data image_size model condition batch_size seed mask".split()  # in a resumed run
 
 
 def arguments():
@@ -63,7 +63,6 @@ def arguments():
     add("--flip", action=argparse.BooleanOptionalAction, default=False, help="mirrored images too")
     add("--model", help=f"one of {', '.join(CONFIGS)}")
     add("--condition", choices=("memory", "class", "none"), default="memory", help="class, none: plain SiT")
-    add("--memory-scale", type=float, help="factor on the snippet (None: sqrt(D), official: 1)")
     add("--mask", type=float, default=0.4, help="part of the snippet's entries set to zero")
     add("--drop", type=float, default=0.1, help="part of the images shown with the null condition")
     add("--steps", type=int, help="in all, resumed ones included")
@@ -210,7 +209,6 @@ def main():
     else:
         C, size, _ = meta["latent"]
         config = SiTConfig(**CONFIGS[args.model], input_size=size, in_channels=C, mask_ratio=args.mask,
-                           memory_scale=args.memory_scale or bank.dim ** 0.5,
                            memory_dim=bank.dim if args.condition == "memory" else 0,
                            num_classes=classes if args.condition == "class" else 0)
     torch.manual_seed(args.seed)
