@@ -240,7 +240,8 @@ def fit_rank(rank, N, D):
 def _blocks(features):
     """Yields (first row, unit-norm float32 rows), a block at a time."""
     for i in range(0, len(features), BLOCK):
-        s = torch.as_tensor(features[i:i + BLOCK]).float()
+        s = features[i:i + BLOCK]
+        s = (s if torch.is_tensor(s) else torch.from_numpy(np.array(s))).float()
         if not torch.isfinite(s).all():
             raise ValueError(f"features {i} to {i + len(s) - 1} hold NaN or infinity")
         yield i, F.normalize(s, dim=1)

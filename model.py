@@ -283,9 +283,9 @@ def load_sit(source):
     ValueError where keys or shapes do not fit.
     """
     ckpt = source if isinstance(source, dict) else torch.load(source, map_location="cpu", weights_only=True)
-    model = SiT(SiTConfig(**ckpt["config"]))
     try:
+        model = SiT(SiTConfig(**ckpt["config"]))
         model.load_state_dict(ckpt["ema"])
-    except RuntimeError as e:
-        raise ValueError(f"weights that do not fit the model: {e}") from e
+    except (RuntimeError, TypeError) as e:
+        raise ValueError(f"a checkpoint that does not fit this model: {e}") from e
     return model.eval()

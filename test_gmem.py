@@ -515,6 +515,8 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
     (tmp_path / "broken" / "x.png").write_bytes(b"no image")
     np.save(tmp_path / "f.npy", np.zeros((4, 8, 8, 3), np.float32))
     torch.save({"model": {}}, tmp_path / "c.pt")
+    torch.save({**dict.fromkeys(("step", "model", "ema", "optimizer", "meta", "args", "bank")),
+                "config": {"width": 8}}, tmp_path / "y.pt")
     torch.save(argparse.Namespace(), tmp_path / "x.pt")  # a class: weights_only refuses it
     for command, message in [
             (["train.py", "--data", tmp_path / "nowhere", *out], "does not exist"),
@@ -531,6 +533,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
             (["memory.py", "--features", tmp_path / "f.npy", *out], "not floats (N, D)"),
             (["sample.py", "--ckpt", tmp_path / "nowhere.pt"], "nowhere.pt"),
             (["sample.py", "--ckpt", tmp_path / "x.pt"], "x.pt is damaged"),
+            (["sample.py", "--ckpt", tmp_path / "y.pt"], "unexpected keyword argument 'width'"),
             (["sample.py", "--ckpt", tmp_path / "c.pt"], "it lacks args, bank, config")]:
         monkeypatch.setattr(sys, "argv", [*map(str, command)])
         with pytest.raises(SystemExit) as stop:

@@ -232,8 +232,7 @@ def main():
     say(f"batch: {args.batch_size} = {world} processes x {accumulate} micro-batches of {args.micro_batch}")
     net = torch.compile(model) if (device.type == "cuda" if args.compile is None else args.compile) else model
     if world > 1:
-        net = DDP(net, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False,
-                  gradient_as_bucket_view=True)
+        net = DDP(net, device_ids=[device.index] if device.type == "cuda" else None)
     half = args.dtype == "bfloat16" or (args.dtype is None and device.type == "cuda")
 
     def save(step):
