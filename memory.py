@@ -8,7 +8,8 @@ The memory of GMem (arXiv 2412.08781): from images to what training reads.
 A bank is built once and never changes. It is one file, mapped into memory by all processes of a machine.
 
     python memory.py --data SRC --out DIR [--image-size 256] [--rank 64] [--dtype int8] [--flip]
-    python memory.py --features F.npy --out bank.pt        # a bank from features (N, D) encoded elsewhere
+    python memory.py --data SRC --out DIR --features F.npy # features (N, D) that were encoded elsewhere
+    python memory.py --features F.npy --out bank.pt        # a bank alone
 
 SRC is a folder of images (flat, or class sub-folders, which become labels), an .npy or .npz of uint8
 (N, H, W, 3), or `glyphs`, a data set drawn on the spot. DIR gets latents.npy, labels.npy, bank.pt, meta.json.
@@ -52,8 +53,12 @@ def cli(main):
 def replacing(path):
     """Gives a temporary name to write to, which takes the place of path once all is written."""
     tmp = f"{path}.tmp"
-    yield tmp
-    os.replace(tmp, path)
+    try:
+        yield tmp
+        os.replace(tmp, path)
+    finally:
+        if os.path.exists(tmp):
+            os.remove(tmp)
 
 
 def load_pt(path, keys):
@@ -451,13 +456,16 @@ def write_json(path, value):
 
 
 def prepare(src, out, image_size=256, tokenizer="pixel", encoder="thumbnail", rank=RANK, dtype="int8",
-            flip=False, device="cpu"):
+            flip=False, features=None, device="cpu"):
     """
     Images -> out/latents.npy (N, C, h, w), labels.npy (N,), bank.pt, meta.json. -> meta, a dict
     What is there already is kept, a killed run is gone on with; of several processes each encodes a share.
-    rank, dtype: of the bank, as in MemoryBank.build; flip: N more entries, of the mirrored images
+    rank, dtype: of the bank, as in MemoryBank.build; flip: N more entries, of the mirrored images;
+    features: path of an .npy (N, D) with a row for each entry, instead of an encoder
     """
-    if encoder not in ENCODERS:
+    if features:
+        encoder, given = os.path.abspath(features), load_features(features)
+    elif encoder not in ENCODERS:
         raise ValueError(f"unknown encoder {encoder}; known: {', '.join(ENCODERS)}")
     if tokenizer != "pixel":
         raise ValueError(f"unknown tokenizer {tokenizer}; known: pixel")
@@ -475,13 +483,17 @@ def prepare(src, out, image_size=256, tokenizer="pixel", encoder="thumbnail", ra
         return meta
     images = Images(src, image_size)
     N, latent = len(images), (3, image_size, image_size)
-    encode = ENCODERS[encoder](device)
-    D = encode(torch.zeros(1, *latent, device=device)).shape[1]
-    M = 2 * N if flip else N
+    M, arrays = 2 * N if flip else N, {}
+    if features:
+        if len(given) != M:
+            raise ValueError(f"{features} holds {len(given):,} rows for {M:,} entries of {src}")
+    else:
+        encode = ENCODERS[encoder](device)
+        D = encode(torch.zeros(1, *latent, device=device)).shape[1]
+        arrays = {"features.npy": ((M, D), "float32")}
     if rank != RANK:
-        fit_rank(rank, M, D)  # before the work
-    blocks = Blocks(out, {**settings, "images": N}, {"latents.npy": ((M, *latent), "uint8"),
-                                                     "features.npy": ((M, D), "float32")}, 256)
+        fit_rank(rank, M, given.shape[1] if features else D)  # before the work
+    blocks = Blocks(out, {**settings, "images": N}, {"latents.npy": ((M, *latent), "uint8"), **arrays}, 256)
     me, world = rank_world()
     workers = 0 if images.files is None else min(8, (os.cpu_count() or 1) // world)
     loader = torch.utils.data.DataLoader(images, num_workers=workers,
@@ -491,21 +503,31 @@ def prepare(src, out, image_size=256, tokenizer="pixel", encoder="thumbnail", ra
             mirrored = torch.tensor([i >= N for i in rows])
             x[mirrored] = x[mirrored].flip(2)
             x = x.permute(0, 3, 1, 2).contiguous()
-            blocks.write(rows, latents=x, features=encode(x.to(device).float() / 127.5 - 1).cpu())
+            f = None if features else encode(x.to(device).float() / 127.5 - 1).cpu()
+            blocks.write(rows, latents=x, features=f)
             bar.update(len(rows))
     blocks.finish()
     if me == 0:
         labels = np.concatenate([images.labels] * (M // N))
         with replacing(os.path.join(out, "labels.npy")) as tmp, open(tmp, "wb") as f:
             np.save(f, labels)
-        bank = MemoryBank.build(blocks.arrays["features.npy"], rank, dtype, labels, encoder)
+        if not features:
+            given = blocks.arrays["features.npy"]
+        bank = MemoryBank.build(given, rank, dtype, labels, encoder)
         bank.save(os.path.join(out, "bank.pt"))
         write_json(path, dict(settings=settings, images=N, latent=latent, classes=images.classes,
                               bank=bank.id, mean=[127.5] * 3, std=[127.5] * 3))  # x = (latent - mean) / std
-        for name in ("features.npy", "done.npy", "progress.json"):
+        for name in ("done.npy", "progress.json", *arrays):
             os.remove(os.path.join(out, name))
     barrier()
     return read_json(path)
+
+
+def load_features(path):
+    features = np.load(path, mmap_mode="r")
+    if features.ndim != 2 or features.dtype.kind != "f":
+        raise ValueError(f"{path} holds {features.dtype} {features.shape}, not floats (N, D)")
+    return features
 
 
 def rank_argument(text):
@@ -515,7 +537,7 @@ def rank_argument(text):
 def main():
     parser = argparse.ArgumentParser(description="Images to latents and a memory bank.")
     parser.add_argument("--data", help="folder of images, .npy or .npz of uint8 (N,H,W,3), or glyphs")
-    parser.add_argument("--features", help=".npy (N, D), encoded elsewhere; --out is then a bank file")
+    parser.add_argument("--features", help=".npy (N, D), encoded elsewhere; without --data OUT is a bank")
     parser.add_argument("--out", required=True)
     parser.add_argument("--image-size", type=int, default=256)
     parser.add_argument("--tokenizer", default="pixel")
@@ -524,19 +546,16 @@ def main():
     parser.add_argument("--dtype", default="int8", help="of the coefficients: int8, float16 or float32")
     parser.add_argument("--flip", action="store_true", help="mirrored images are entries of their own")
     args = parser.parse_args()
-    if (args.data is None) == (args.features is None):
-        raise ValueError("give --data (images) or --features (a matrix), one of them")
-    if args.features:
-        features = np.load(args.features, mmap_mode="r")
-        if features.ndim != 2 or features.dtype.kind != "f":
-            raise ValueError(f"{args.features} holds {features.dtype} {features.shape}, not floats (N, D)")
-        bank = MemoryBank.build(features, args.rank, args.dtype)
+    if not args.data and not args.features:
+        raise ValueError("give --data (images) or --features (a matrix), or both")
+    if not args.data:
+        bank = MemoryBank.build(load_features(args.features), args.rank, args.dtype)
         bank.save(args.out)
     else:
         device = best_device()
         init_distributed(device)
         prepare(args.data, args.out, args.image_size, args.tokenizer, args.encoder, args.rank, args.dtype,
-                args.flip, device)
+                args.flip, args.features, device)
         bank = MemoryBank.load(os.path.join(args.out, "bank.pt"))
     if rank_world()[0] == 0:
         print(f"{args.out}: {bank}")

@@ -238,7 +238,7 @@ class SiT(nn.Module):
             y = x.new_full((B,), cfg.num_classes, dtype=torch.long) if y is None else y
             c = c + self.y_embedder["embedding_table"](y)
         h, proj = F.pixel_unshuffle(x, p).flatten(2).mT, self.x_embedder["proj"]  # (B, T, C*p*p)
-        h = F.linear(h, proj.weight.flatten(1), proj.bias)                    # a convolution of stride p, faster
+        h = F.linear(h, proj.weight.flatten(1), proj.bias)                    # as a convolution, but faster
         h = h + self.pos_embed                                                # (B, T, h)
         for i, block in enumerate(self.blocks, 1):
             h = block(h, c, self.feat_rope)

@@ -398,6 +398,13 @@ def test_preparation_of_a_folder(tmp_path):
     bank = MemoryBank.load(tmp_path / "data" / "bank.pt")  # a mirrored image has a snippet of its own
     assert bank.id == meta["bank"] and ((bank[:] * f).sum(1) > 0.99).all()
     assert sorted(os.listdir(tmp_path / "data")) == ["bank.pt", "labels.npy", "latents.npy", "meta.json"]
+    np.save(tmp_path / "f.npy", features(80))
+    prepare(str(tmp_path / "images"), str(tmp_path / "own"), 24, flip=True, features=str(tmp_path / "f.npy"))
+    bank = MemoryBank.load(tmp_path / "own" / "bank.pt")
+    assert ((bank[:] * features(80)).sum(1) > 0.99).all() and bank.encoder == str(tmp_path / "f.npy")
+    assert (np.load(tmp_path / "own" / "latents.npy") == latents).all()
+    with pytest.raises(ValueError, match="80 rows for 40 entries"):
+        prepare(str(tmp_path / "images"), str(tmp_path / "no"), 24, features=str(tmp_path / "f.npy"))
     with pytest.raises(ValueError, match="image_size 24, not 16"):
         prepare(str(tmp_path / "images"), str(tmp_path / "data"), 16, flip=True)
 
