@@ -23,6 +23,7 @@ import sys
 import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -53,6 +54,7 @@ def cli(main):
 def replacing(path):
     """Gives a temporary name to write to, which takes the place of path once all is written."""
     tmp = f"{path}.tmp"
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     try:
         yield tmp
         os.replace(tmp, path)
@@ -67,7 +69,7 @@ def load_pt(path, keys):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         missing = ", ".join(sorted(set(keys) - set(state)))
     except (RuntimeError, pickle.UnpicklingError, EOFError, TypeError) as e:
-        raise ValueError(f"{path} is damaged, or not of this program: {str(e).split('. ')[0]}") from e
+        raise ValueError(f"{path} is damaged, or not written by this program ({type(e).__name__})") from e
     if missing:
         raise ValueError(f"{path} is no file of the kind expected: it lacks {missing}")
     return state
@@ -86,11 +88,11 @@ def barrier():
 
 def best_device(name=None):
     """-> torch.device: name, or the best there is; of several GPUs the one of this process"""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    return torch.device(name)
+    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = name or next(k for k in usable if usable[k])
+    if not usable.get(name.split(":")[0]):
+        raise ValueError(f"--device {name} is not to be had here, but {[k for k in usable if usable[k]]}")
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
 
 
 def init_distributed(device):
@@ -131,15 +133,13 @@ class MemoryBank:
     def rank(self):
         return self.coef.shape[1]
 
-    @property
+    @cached_property
     def id(self):
         """hash of the content, 16 hexadecimal digits"""
-        if "_id" not in self.__dict__:
-            h = hashlib.sha256(self.encoder.encode())
-            for a in (self.mean, self.basis, self.scale, self.coef, self.labels):
-                h.update(np.ascontiguousarray(a))
-            self.__dict__["_id"] = h.hexdigest()[:16]
-        return self.__dict__["_id"]
+        h = hashlib.sha256(self.encoder.encode())
+        for a in (self.mean, self.basis, self.scale, self.coef, self.labels):
+            h.update(np.ascontiguousarray(a))
+        return h.hexdigest()[:16]
 
     @staticmethod
     def build(features, rank=RANK, dtype="int8", labels=None, encoder="unknown"):
@@ -181,10 +181,10 @@ class MemoryBank:
 
     def save(self, path):
         """One file, readable by torch.load(weights_only=True)."""
-        state = {k: torch.from_numpy(np.array(v)) if isinstance(v, np.ndarray) else v
-                 for k, v in self.__dict__.items() if not k.startswith("_")}
+        state = {k: getattr(self, k) for k in [f.name for f in fields(self)] + ["id"]}
         with replacing(path) as tmp:
-            torch.save({**state, "id": self.id}, tmp)
+            torch.save({k: torch.from_numpy(np.array(v)) if isinstance(v, np.ndarray) else v
+                        for k, v in state.items()}, tmp)
 
     @staticmethod
     def load(path):
@@ -192,7 +192,7 @@ class MemoryBank:
         keys = [f.name for f in fields(MemoryBank)]
         state = load_pt(path, keys + ["id"])
         bank = MemoryBank(*(v.numpy() if torch.is_tensor(v) else v for v in map(state.get, keys)))
-        bank.__dict__["_id"] = state["id"]
+        bank.__dict__["id"] = state["id"]  # as computed when it was built
         return bank
 
     def __getitem__(self, idx):
@@ -282,10 +282,17 @@ def center_crop(image, size):
     return image.crop((x, y, x + size, y + size))
 
 
+def load_array(path):
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except ValueError as e:
+        raise ValueError(f"{path} is not an .npy file of numbers, or damaged") from e
+
+
 def open_array(path):
     """-> (images, labels or None), of an .npy or .npz file; mapped into memory unless compressed."""
     if path.endswith(".npy"):
-        return np.load(path, mmap_mode="r"), None
+        return load_array(path), None
     try:
         with zipfile.ZipFile(path) as z:
             names = {i.filename.removesuffix(".npy"): i for i in z.infolist()}
@@ -339,10 +346,8 @@ class Images(torch.utils.data.Dataset):
             if labels is not None and (labels.shape != (len(a),) or labels.dtype.kind not in "iu"):
                 raise ValueError(f"{src} holds labels {labels.dtype} {labels.shape} for {len(a)} images")
             self.classes = [] if labels is None else [str(i) for i in range(int(labels.max()) + 1)]
-        elif os.path.exists(src):
-            self.files = [src]
         else:
-            raise ValueError(f"{src} does not exist; give a folder of images, an .npy or .npz, or glyphs")
+            self.files = [src]
         self.labels = np.full(len(self), -1) if labels is None else labels.astype(np.int64)
 
     def __len__(self):
@@ -353,7 +358,7 @@ class Images(torch.utils.data.Dataset):
             try:
                 with Image.open(self.files[i]) as image:
                     image = to_rgb(image)
-            except OSError as e:
+            except (OSError, Image.DecompressionBombError) as e:
                 raise ValueError(f"{self.files[i]} cannot be read: {e}") from e
         elif self.array.shape[1:3] == (self.size, self.size):
             return np.array(self.array[i])
@@ -463,6 +468,8 @@ def prepare(src, out, image_size=256, tokenizer="pixel", encoder="thumbnail", ra
     rank, dtype: of the bank, as in MemoryBank.build; flip: N more entries, of the mirrored images;
     features: path of an .npy (N, D) with a row for each entry, instead of an encoder
     """
+    if not is_glyphs(src) and not os.path.exists(src):
+        raise ValueError(f"{src} does not exist; give a folder of images, an .npy or .npz, or glyphs")
     if features:
         encoder, given = os.path.abspath(features), load_features(features)
     elif encoder not in ENCODERS:
@@ -485,6 +492,7 @@ def prepare(src, out, image_size=256, tokenizer="pixel", encoder="thumbnail", ra
     N, latent = len(images), (3, image_size, image_size)
     M, arrays = 2 * N if flip else N, {}
     if features:
+        D = given.shape[1]
         if len(given) != M:
             raise ValueError(f"{features} holds {len(given):,} rows for {M:,} entries of {src}")
     else:
@@ -492,7 +500,7 @@ def prepare(src, out, image_size=256, tokenizer="pixel", encoder="thumbnail", ra
         D = encode(torch.zeros(1, *latent, device=device)).shape[1]
         arrays = {"features.npy": ((M, D), "float32")}
     if rank != RANK:
-        fit_rank(rank, M, given.shape[1] if features else D)  # before the work
+        fit_rank(rank, M, D)  # an error now, not after the work
     blocks = Blocks(out, {**settings, "images": N}, {"latents.npy": ((M, *latent), "uint8"), **arrays}, 256)
     me, world = rank_world()
     workers = 0 if images.files is None else min(8, (os.cpu_count() or 1) // world)
@@ -511,9 +519,8 @@ def prepare(src, out, image_size=256, tokenizer="pixel", encoder="thumbnail", ra
         labels = np.concatenate([images.labels] * (M // N))
         with replacing(os.path.join(out, "labels.npy")) as tmp, open(tmp, "wb") as f:
             np.save(f, labels)
-        if not features:
-            given = blocks.arrays["features.npy"]
-        bank = MemoryBank.build(given, rank, dtype, labels, encoder)
+        source = given if features else blocks.arrays["features.npy"]
+        bank = MemoryBank.build(source, rank, dtype, labels, encoder)
         bank.save(os.path.join(out, "bank.pt"))
         write_json(path, dict(settings=settings, images=N, latent=latent, classes=images.classes,
                               bank=bank.id, mean=[127.5] * 3, std=[127.5] * 3))  # x = (latent - mean) / std
@@ -524,7 +531,7 @@ def prepare(src, out, image_size=256, tokenizer="pixel", encoder="thumbnail", ra
 
 
 def load_features(path):
-    features = np.load(path, mmap_mode="r")
+    features = load_array(path)
     if features.ndim != 2 or features.dtype.kind != "f":
         raise ValueError(f"{path} holds {features.dtype} {features.shape}, not floats (N, D)")
     return features
@@ -543,7 +550,7 @@ def main():
     parser.add_argument("--tokenizer", default="pixel")
     parser.add_argument("--encoder", default="thumbnail", help=", ".join(ENCODERS))
     parser.add_argument("--rank", type=rank_argument, default=RANK, help="directions kept, or full")
-    parser.add_argument("--dtype", default="int8", help="of the coefficients: int8, float16 or float32")
+    parser.add_argument("--dtype", choices=("int8", "float16", "float32"), default="int8")
     parser.add_argument("--flip", action="store_true", help="mirrored images are entries of their own")
     args = parser.parse_args()
     if not args.data and not args.features:

@@ -264,7 +264,7 @@ def flow_loss(model, x, s=None, y=None, drop=0.1, uniform_t=False, targets=None,
     keep = torch.rand(B, device=x.device) >= drop
     s = None if s is None else s * keep[:, None]
     num_classes = getattr(model, "module", model).config.num_classes
-    y = None if y is None else torch.where(keep, y, num_classes)
+    y = None if y is None else torch.where(keep & (y >= 0), y, num_classes)  # -1: without a label
     x_t, u = torch.lerp(z, x, t[:, None, None, None]), x - z
     v = model(x_t, t, s, y)
     v, tokens = v if isinstance(v, tuple) else (v, None)

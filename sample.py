@@ -32,11 +32,11 @@ def ode(v, z, steps, method="heun", shift=0.0):
     v(x, t) -> velocity, t (B,); z: noise (B, ...); method: "euler" (order 1) or "heun" (order 2) -> x at t=1
     shift s > 0 maps the time grid by t -> s t / (1 + (s-1) t); s < 1 puts more steps near the noise
     """
-    grid = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    times = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     if shift > 0:
-        grid = shift * grid / (1 + (shift - 1) * grid)
-    x, grid = z, grid.tolist()
-    for t, t1 in zip(grid, grid[1:]):
+        times = shift * times / (1 + (shift - 1) * times)
+    x, times = z, times.tolist()
+    for t, t1 in zip(times, times[1:]):
         k = v(x, x.new_full((len(x),), t))
         if method == "heun":
             k = (k + v(x + (t1 - t) * k, x.new_full((len(x),), t1))) / 2
@@ -175,9 +175,15 @@ def main():
     for name in ("num_images", "batch_size", "steps"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} is not positive")
-    if not 0 <= args.mask < 1 or args.seed < 0:
-        raise ValueError("--mask must be in [0, 1) and --seed not negative")
+    lo, hi = args.cfg_interval
+    if not 0 <= args.mask < 1 or args.seed < 0 or args.shift < 0 or lo > hi:
+        raise ValueError("--mask must be in [0, 1), --seed and --shift not negative, LO not above HI")
+    if os.path.isdir(args.ckpt):
+        args.ckpt = os.path.join(args.ckpt, "ckpt.pt")
+    home = os.path.dirname(os.path.realpath(args.ckpt))
     out = args.out or os.path.join(os.path.dirname(args.ckpt), "samples.png")
+    if os.path.splitext(out)[1] not in ("", ".png", ".npz"):
+        raise ValueError(f"--out {out} is neither a .png nor an .npz nor a folder")
     ckpt = load_checkpoint(args.ckpt)
     device = best_device(args.device)
     init_distributed(device)
@@ -187,9 +193,12 @@ def main():
     count = sum(p.numel() for p in model.parameters())
     say(f"{args.ckpt}: step {ckpt['step']:,}, {count:,} parameters, on {device}")
     if args.label is not None and not 0 <= args.label < model.config.num_classes:
-        raise ValueError(f"--label {args.label} is none of the model's {model.config.num_classes} labels")
+        raise ValueError(f"--label {args.label}: this model has {model.config.num_classes} labels, from 0")
     if model.config.memory_dim:
-        bank = MemoryBank.load(args.bank or os.path.join(os.path.dirname(args.ckpt), ckpt["bank"]["path"]))
+        path = args.bank or os.path.join(home, ckpt["bank"]["path"])
+        if not os.path.exists(path):
+            raise ValueError(f"the bank {path} is not there; give it by --bank")
+        bank = MemoryBank.load(path)
         if bank.dim != model.config.memory_dim:
             raise ValueError(f"the bank's snippets have {bank.dim} numbers, not {model.config.memory_dim}")
         other = "" if bank.id == ckpt["bank"]["id"] else f"; not the bank of training, {ckpt['bank']['id']}"

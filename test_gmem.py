@@ -154,6 +154,15 @@ def test_loss_is_mse_plus_cosine_at_the_drawn_noise():
     assert got == pytest.approx(((v - x + z) ** 2).mean().item() + 1 - cos.mean().item(), rel=1e-5)
 
 
+def test_images_without_a_label_and_dropped_ones_see_the_null_label():
+    seen = []
+    model = lambda x_t, t, s, y: seen.append(y) or x_t
+    model.config = SiTConfig(**TINY, num_classes=5)
+    for drop in (0, 1):
+        flow_loss(model, torch.ones(4, 3, 8, 8), y=torch.tensor([0, -1, 4, 2]), drop=drop)
+    assert [y.tolist() for y in seen] == [[0, 5, 4, 2], [5, 5, 5, 5]]
+
+
 def test_loss_falls_and_the_snippets_matter():
     torch.manual_seed(0)
     x = torch.from_numpy(glyphs(n=520, size=16)[0]).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -521,6 +530,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "x.png").write_bytes(b"no image")
     np.save(tmp_path / "f.npy", np.zeros((4, 8, 8, 3), np.float32))
+    (tmp_path / "t.npy").write_text("no numbers")
     torch.save({"model": {}}, tmp_path / "c.pt")
     torch.save({**dict.fromkeys(("step", "model", "ema", "optimizer", "meta", "args", "bank")),
                 "config": {"width": 8}}, tmp_path / "y.pt")
@@ -532,7 +542,10 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
             (["train.py", "--data", tmp_path / "f.npy", *out],
              "float32 (4, 8, 8, 3); expected are images, uint8"),
             (["train.py", "--model", "SiT-Q", *out], "unknown model SiT-Q; known: SiT-T/4"),
+            (["train.py", "--device", "cuda:99", *out], "--device cuda:99 is not to be had"),
+            (["train.py", "--drop", "2", *out], "--drop 2.0 is not in [0, 1)"),
             (["train.py", "--steps", "9999", *out], "--decay A B"),
+            (["train.py", "--data", tmp_path / "t.npy", *out], "t.npy is not an .npy file of numbers"),
             (["train.py", "--image-size", "0", *out], "--image-size 0 is not positive"),
             (["train.py", "--resume", *out], "ckpt.pt"),
             (["train.py", "--image-size", "24", *out], "24 is no multiple of 16, SiT-T/16's patch"),

@@ -26,8 +26,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
-from memory import (RANK, MemoryBank, best_device, cli, init_distributed, prepare, rank_argument, rank_world,
-                    read_json, replacing)
+from memory import (ENCODERS, RANK, MemoryBank, best_device, cli, init_distributed, prepare, rank_argument,
+                    rank_world, read_json, replacing)
 from model import CONFIGS, SiT, SiTConfig, flow_loss
 from sample import decode, generate, load_checkpoint, save_images, seed_of
 
@@ -45,7 +45,7 @@ PRESETS = {  # imagenet256: configs/gmem_sde_{b,xl}.yaml of the official GMem, b
     "imagenet512-xl": dict(OFFICIAL, data="data/imagenet512", model="LightningDiT-XL/1", steps=200_000,
                            image_size=512),
 }
-FIXED = "data image_size model condition batch_size seed mask".split()  # in a resumed run
+FIXED = "preset image_size model condition batch_size seed mask".split()  # in a resumed run
 
 
 def arguments():
@@ -55,10 +55,10 @@ def arguments():
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="glyphs", help=" ")
     add("--data", help="a prepared folder, or what memory.py takes; that is prepared first, into OUT/data")
-    add("--out", default="out")
-    add("--image-size", type=int)
-    add("--tokenizer", default="pixel")
-    add("--encoder", default="thumbnail")
+    add("--out", default="out", help="folder of everything that is written")
+    add("--image-size", type=int, help="of the images, in preparing them")
+    add("--tokenizer", default="pixel", help="known: pixel")
+    add("--encoder", default="thumbnail", help=f"known: {', '.join(ENCODERS)}")
     add("--rank", type=rank_argument, default=RANK, help="of the bank, or full")
     add("--flip", action=argparse.BooleanOptionalAction, default=False, help="mirrored images too")
     add("--model", help=f"one of {', '.join(CONFIGS)}")
@@ -68,18 +68,19 @@ def arguments():
     add("--steps", type=int, help="in all, resumed ones included")
     add("--batch-size", type=int, help="of all processes together")
     add("--micro-batch", type=int, help="of one forward pass (None: batch size / processes)")
-    add("--lr", type=float)
+    add("--lr", type=float, help="of AdamW")
     add("--warmup", type=int, help="steps of linear warm-up")
     add("--decay", type=int, nargs=2, metavar=("A", "B"), help="where --lr falls to 0 (0 0: nowhere)")
     add("--clip", type=float, default=1.0, help="largest gradient norm")
     add("--ema", type=float, default=0.9999, help="at most; the ramp is (1 + step) / (10 + step)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of weights, order, noise, masks")
     add("--resume", action="store_true", help="go on in --out")
-    add("--save-every", type=int)
-    add("--log-every", type=int)
+    add("--save-every", type=int, help="steps between checkpoints, with a preview")
+    add("--log-every", type=int, help="steps between lines of log.jsonl")
     add("--device", help="cuda, mps or cpu (None: the best there is)")
     add("--dtype", choices=("bfloat16", "float32"), help="of the forward pass (None: bfloat16 on CUDA)")
     add("--compile", action=argparse.BooleanOptionalAction, help="(None: on CUDA)")
+    # what counts: flags, then (with --resume) those of the checkpoint, then the preset
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # only looks for --preset
     first.add_argument("--preset", default="glyphs")
     parser.set_defaults(**PRESETS.get(first.parse_known_args()[0].preset, {}))
@@ -100,6 +101,9 @@ def arguments():
     for name in ("steps", "batch_size", "save_every", "log_every", "image_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} is not positive")
+    for name in ("mask", "drop", "ema"):
+        if not 0 <= getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)} is not in [0, 1)")
     args.decay = args.decay or (0, 0)
     a, b = args.decay
     if b > 0 and (a >= b or b < args.steps):
@@ -139,7 +143,7 @@ class Data:
     def batches(self, positions):
         """Yields x (B, C, h, w) normalised, s (B, D), y (B,) on the device, for each (a, b) of positions."""
         ahead = None
-        for a, b in positions:
+        for a, b in positions:  # the next read is under way while the last one is used
             ahead, now = self.thread.submit(self.read, a, b), ahead
             if now:
                 yield self.to_device(now.result())
@@ -193,7 +197,9 @@ def main():
                 device=device)
     data = Data(folder, args.seed, device)
     meta, bank, classes = data.meta, data.bank, len(data.meta["classes"])
-    made = ", ".join(f"{k} {meta['settings'][k]}" for k in ("source", "tokenizer", "encoder"))
+    for k in ("image_size", "tokenizer", "encoder", "rank", "flip"):  # of a prepared folder, its own
+        setattr(args, k, meta["settings"][k])
+    made = ", ".join(f"{k} {v}" for k, v in meta["settings"].items())
     say(f"data: {len(data.latents):,} of {meta['latent']}, {classes} classes, in {folder} ({made})")
     say(f"bank: {bank}")
     if args.condition == "class" and not classes:
@@ -236,7 +242,9 @@ def main():
     half = args.dtype == "bfloat16" or (args.dtype is None and device.type == "cuda")
 
     def save(step):
-        where = folder if os.path.isabs(folder) else os.path.relpath(folder, args.out)
+        where = folder  # relative to the checkpoint, unless it was given as an absolute path
+        if not os.path.isabs(folder):
+            where = os.path.relpath(os.path.realpath(folder), os.path.realpath(args.out))
         state = dict(step=step, model=model.state_dict(), ema=ema.state_dict(),
                      optimizer=optimizer.state_dict(), config=asdict(config), meta=meta, args=vars(args),
                      bank=dict(path=os.path.join(where, "bank.pt"), id=bank.id))
