@@ -178,6 +178,8 @@ def main():
     lo, hi = args.cfg_interval
     if not 0 <= args.mask < 1 or args.seed < 0 or args.shift < 0 or lo > hi:
         raise ValueError("--mask must be in [0, 1), --seed and --shift not negative, LO not above HI")
+    if args.shift and args.method.startswith("sde-"):
+        raise ValueError(f"--shift {args.shift} is of the ODE's time grid; --method {args.method} has none")
     if os.path.isdir(args.ckpt):
         args.ckpt = os.path.join(args.ckpt, "ckpt.pt")
     home = os.path.dirname(os.path.realpath(args.ckpt))

@@ -303,8 +303,8 @@ def test_bank_indexing_file_and_immutability(tmp_path):
     assert (len(again), again.dim, again.rank) == (700, 96, 24)
     assert again.encoder == "thumbnail" and (again.labels == bank.labels).all()
     assert bank[3].shape == (96,) and torch.equal(bank[3], bank[[3]][0]) and torch.equal(bank[-1], bank[699])
-    assert torch.allclose(again[torch.tensor([5, 1])], bank[:][[5, 1]],
-                          atol=1e-6) and again[0:0].shape == (0, 96)
+    assert torch.allclose(again[torch.tensor([5, 1])], bank[:][[5, 1]], atol=1e-6)
+    assert again[0:0].shape == (0, 96)
     assert torch.allclose(bank[:].norm(dim=1), torch.ones(700), atol=1e-5)
     assert torch.allclose(bank.decode(bank.project(bank[:9])), bank[:9], atol=1e-4)
     for bad in (700, -701, [0, 700]):
@@ -552,6 +552,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
             (["memory.py", "--data", tmp_path / "empty", "--encoder", "clip", *out], "known: thumbnail"),
             (["memory.py", "--features", tmp_path / "f.npy", *out], "not floats (N, D)"),
             (["sample.py", "--ckpt", tmp_path / "nowhere.pt"], "nowhere.pt"),
+            (["sample.py", "--ckpt", "c", "--shift", "0.3", "--method", "sde-heun"], "--shift 0.3 is of the ODE"),
             (["sample.py", "--ckpt", tmp_path / "x.pt"], "x.pt is damaged"),
             (["sample.py", "--ckpt", tmp_path / "y.pt"], "unexpected keyword argument 'width'"),
             (["sample.py", "--ckpt", tmp_path / "c.pt"], "it lacks args, bank, config")]:
