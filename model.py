@@ -1,25 +1,27 @@
-"""
-The backbone of GMem (arXiv 2412.08781): a flow-matching transformer that is shown one memory snippet.
+"""The backbone of GMem (arXiv 2412.08781): a flow-matching transformer that is shown one memory snippet.
 
     x_t = (1 - t) z + t x          z ~ N(0, I), t from 0 (noise) to 1 (data)
     v(x_t, t, s)  ->  x - z        s: the unit-norm snippet of x, a random part of its entries set to zero
     loss = |v - (x - z)|^2 + 1 - cos(v, x - z)
 
-One class is both SiT (arXiv 2401.08740) and LightningDiT (arXiv 2501.01423), by switches of `SiTConfig`.
 What is notable:
+- one class is SiT (arXiv 2401.08740) and LightningDiT (arXiv 2501.01423), by switches of `SiTConfig`
 - the network may predict x instead of v, for large patches (arXiv 2511.13720); what it returns is always v
 - the snippet enters through one linear layer, added to the time embedding, and reaches each block by adaLN
 - the null snippet is zeros, the null label one more row of the table; training shows both, for guidance
 - parameters carry the names of the official code, so that official weights need no renaming
-- nothing but torch is imported: this file can be copied into any other code
-"""
+- the tokenizers of latent diffusion, sd-vae-ft-ema and VA-VAE, are one class, at the end
+- nothing but torch is imported: this file can be copied into any other code"""
+import argparse
 import math
+import os
+import urllib.error
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
 
 @dataclass
 class SiTConfig:
@@ -31,6 +33,7 @@ class SiTConfig:
     num_heads: int = 6
     mlp_ratio: float = 4.0
     memory_dim: int = 0         # D of the snippets, 0: no memory
+    memory_scale: float = 1.0   # the norm that snippets get (official: 1; sqrt(D) was faster in small runs)
     num_classes: int = 0        # 0: no labels
     mask_ratio: float = 0.4     # part of a snippet that is zeroed in training (official GMem: 0.4)
     learn_sigma: bool = False   # twice the output channels, the second half unused (official SiT weights)
@@ -54,25 +57,16 @@ class SiTConfig:
         if self.align_dim and not 1 <= self.align_depth <= self.depth:
             raise ValueError(f"align_depth {self.align_depth} is not one of the {self.depth} blocks")
 
-
-def _named(prefix, sizes, **switches):
-    table = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
-    keys = "hidden_size", "depth", "num_heads"
-    return {f"{prefix}-{n}/{p}": dict(zip(keys, table[n]), patch_size=p, **switches) for n, p in sizes}
-
-
+SIZES = {"T": (256, 4, 4), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+FAMILIES = (("SiT", "T/4 T/8 T/16", dict(predict_x=True)), ("SiT", "S/2 B/2 L/2 XL/2", {}),
+            ("LightningDiT", "S/1 B/1 B/2 L/2 XL/1 XL/2", dict(swiglu=True, rmsnorm=True, rope=True)))
 CONFIGS = {  # the sizes of the SiT and LightningDiT papers, and one for a CPU
-    **{f"SiT-T/{p}": dict(hidden_size=256, depth=4, num_heads=4, patch_size=p, predict_x=True)
-       for p in (4, 8, 16)},
-    **_named("SiT", [("S", 2), ("B", 2), ("L", 2), ("XL", 2)]),
-    **_named("LightningDiT", [("S", 1), ("B", 1), ("B", 2), ("L", 2), ("XL", 1), ("XL", 2)],
-             swiglu=True, rmsnorm=True, rope=True),
-}
-
+    f"{family}-{n}/{p}": dict(zip(("hidden_size", "depth", "num_heads"), SIZES[n]), patch_size=int(p),
+                              **switches)
+    for family, names, switches in FAMILIES for n, p in (name.split("/") for name in names.split())}
 
 def modulate(x, shift, scale):
     return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
-
 
 def sincos_pos_embed(dim, size):
     """Fixed position table (size*size, dim): a quarter each of sin(x w), cos(x w), sin(y w), cos(y w)."""
@@ -81,17 +75,10 @@ def sincos_pos_embed(dim, size):
     a, b = x.reshape(-1, 1) * w, y.reshape(-1, 1) * w
     return torch.cat([a.sin(), a.cos(), b.sin(), b.cos()], dim=1).float()
 
-
-class TimestepEmbedder(nn.Module):
-    def __init__(self, hidden_size):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
-        self.register_buffer("w", torch.exp(-math.log(10000) / 128 * torch.arange(128)), persistent=False)
-
-    def forward(self, t):
-        a = t[:, None].float() * self.w
-        return self.mlp(torch.cat([a.cos(), a.sin()], dim=1))
-
+def time_features(t):
+    """t (B,) -> (B, 256): 128 each of cos(t w), sin(t w)"""
+    a = t[:, None].float() * torch.exp(-math.log(10000) / 128 * torch.arange(128, device=t.device))
+    return torch.cat([a.cos(), a.sin()], dim=1)
 
 class Rope2d(nn.Module):
     """Rotary embedding: the first half of a head by the token's row, the second by its column."""
@@ -107,21 +94,13 @@ class Rope2d(nn.Module):
         a, b = q.unflatten(-1, (-1, 2)).unbind(-1)
         return q * self.freqs_cos + torch.stack([-b, a], dim=-1).flatten(-2) * self.freqs_sin
 
-
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        h, head_dim = config.hidden_size, config.hidden_size // config.num_heads
-        self.num_heads = config.num_heads
-        self.qkv = nn.Linear(h, 3 * h)
-        self.proj = nn.Linear(h, h)
-        if not config.qk_norm:
-            norm = nn.Identity
-        elif config.rmsnorm:
-            norm = lambda: nn.RMSNorm(head_dim, eps=1e-6)
-        else:
-            norm = lambda: nn.LayerNorm(head_dim, eps=1e-5)
-        self.q_norm, self.k_norm = norm(), norm()
+        h, d, self.num_heads = config.hidden_size, config.hidden_size // config.num_heads, config.num_heads
+        self.qkv, self.proj = nn.Linear(h, 3 * h), nn.Linear(h, h)
+        norm, eps = (nn.RMSNorm, 1e-6) if config.rmsnorm else (nn.LayerNorm, 1e-5)
+        self.q_norm, self.k_norm = (norm(d, eps=eps) if config.qk_norm else nn.Identity() for _ in "qk")
 
     def forward(self, x, rope=None):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, n, T, d)
@@ -130,12 +109,11 @@ class Attention(nn.Module):
             q, k = rope(q).type_as(v), rope(k).type_as(v)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
-
 class Mlp(nn.Module):
     def __init__(self, config):
         super().__init__()
-        h, inner = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
-        self.swiglu = config.swiglu
+        h, self.swiglu = config.hidden_size, config.swiglu
+        inner = int(h * config.mlp_ratio)
         if self.swiglu:
             inner = int(2 / 3 * inner)
             self.w12, self.w3 = nn.Linear(h, 2 * inner), nn.Linear(inner, h)
@@ -148,11 +126,9 @@ class Mlp(nn.Module):
             return self.w3(F.silu(a) * b)
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
-
 def block_norm(config):
-    h = config.hidden_size
-    return nn.RMSNorm(h, eps=1e-6) if config.rmsnorm else nn.LayerNorm(h, eps=1e-6, elementwise_affine=False)
-
+    norm, affine = (nn.RMSNorm, True) if config.rmsnorm else (nn.LayerNorm, False)
+    return norm(config.hidden_size, eps=1e-6, elementwise_affine=affine)
 
 class Block(nn.Module):
     def __init__(self, config):
@@ -167,19 +143,16 @@ class Block(nn.Module):
         x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1), rope)
         return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
-
 class FinalLayer(nn.Module):
     def __init__(self, config):
         super().__init__()
         h, channels = config.hidden_size, config.in_channels * (2 if config.learn_sigma else 1)
-        self.norm_final = block_norm(config)
-        self.linear = nn.Linear(h, config.patch_size ** 2 * channels)
+        self.norm_final, self.linear = block_norm(config), nn.Linear(h, config.patch_size ** 2 * channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(h, 2 * h))
 
     def forward(self, x, c):
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
-
 
 class SiT(nn.Module):
     def __init__(self, config):
@@ -187,7 +160,8 @@ class SiT(nn.Module):
         self.config = config
         h, p, size = config.hidden_size, config.patch_size, config.input_size // config.patch_size
         self.x_embedder = nn.ModuleDict(dict(proj=nn.Conv2d(config.in_channels, h, p, stride=p)))
-        self.t_embedder = TimestepEmbedder(h)
+        self.t_embedder = nn.ModuleDict(dict(mlp=nn.Sequential(
+            nn.Linear(256, h), nn.SiLU(), nn.Linear(h, h))))
         if config.num_classes:  # the last row is the null label
             self.y_embedder = nn.ModuleDict(dict(embedding_table=nn.Embedding(config.num_classes + 1, h)))
         if config.memory_dim:
@@ -204,71 +178,55 @@ class SiT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """
-        | what                                        | weight                                   | bias |
-        | linear layers, patch embedding (flattened)  | Xavier uniform                           | 0    |
-        | time embedding, label table                 | normal, std 0.02                         | 0    |
-        | adaLN, final_layer.linear                   | 0 (Xavier in GMem's code: zero_init off) | 0    |
-        """
+        """Xavier uniform, patch embedding flattened; time embedding, label table: normal, std 0.02; adaLN and
+        final_layer.linear: 0 (with zero_init off Xavier, as in GMem's code); biases: 0"""
         for m in self.modules():
             if isinstance(m, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(m.weight.flatten(1))
                 m.bias.zero_()
-        for w in (self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight):
-            nn.init.normal_(w, std=0.02)
-        if self.config.num_classes:
-            nn.init.normal_(self.y_embedder["embedding_table"].weight, std=0.02)
-        if self.config.zero_init:
-            for m in [b.adaLN_modulation[1] for b in self.blocks] + [
-                    self.final_layer.adaLN_modulation[1], self.final_layer.linear]:
-                m.weight.zero_()
+        for name, w in self.named_parameters():
+            if name.startswith(("t_embedder", "y_embedder")) and w.ndim == 2:
+                nn.init.normal_(w, std=0.02)
+            if self.config.zero_init and ("adaLN" in name or name.startswith("final_layer.linear")):
+                w.zero_()
 
     def forward(self, x, t, s=None, y=None):
-        """
-        x: (B, C, H, W); t: (B,) in [0, 1]; s: (B, D) unit-norm snippets, None: the null snippet, zeros;
+        """x: (B, C, H, W); t: (B,) in [0, 1]; s: (B, D) unit-norm snippets, None: the null snippet, zeros;
         y: (B,) labels, None: the null label, index num_classes
-        -> velocity (B, C, H, W); in training with align_dim, also the projected tokens (B, T, align_dim)
-        """
+        -> velocity (B, C, H, W); in training with align_dim, also the projected tokens (B, T, align_dim)"""
         cfg, B, p = self.config, len(x), self.config.patch_size
-        c = self.t_embedder(t)                                                # (B, h)
+        c = self.t_embedder["mlp"](time_features(t).type_as(self.pos_embed))  # (B, h)
         if cfg.memory_dim:
-            s = x.new_zeros(B, cfg.memory_dim) if s is None else s
+            s = x.new_zeros(B, cfg.memory_dim) if s is None else cfg.memory_scale * s
             c = c + self.condition_projection["linear"](F.dropout(s, cfg.mask_ratio, self.training))
         if cfg.num_classes:
             y = x.new_full((B,), cfg.num_classes, dtype=torch.long) if y is None else y
             c = c + self.y_embedder["embedding_table"](y)
         h, proj = F.pixel_unshuffle(x, p).flatten(2).mT, self.x_embedder["proj"]  # (B, T, C*p*p)
-        h = F.linear(h, proj.weight.flatten(1), proj.bias)                    # as a convolution, but faster
-        h = h + self.pos_embed                                                # (B, T, h)
+        h = F.linear(h, proj.weight.flatten(1), proj.bias) + self.pos_embed   # a convolution, but faster
         for i, block in enumerate(self.blocks, 1):
             h = block(h, c, self.feat_rope)
             if self.training and cfg.align_dim and i == cfg.align_depth:
                 tokens = self.projector[0](h)
-        h, n = self.final_layer(h, c), cfg.input_size // p                    # (B, T, p*p*C)
-        v = h.reshape(B, n, n, p, p, -1).permute(0, 5, 1, 3, 2, 4).reshape(B, -1, n * p, n * p)
-        v = v[:, :cfg.in_channels]
+        n = cfg.input_size // p
+        v = self.final_layer(h, c).reshape(B, n, n, p, p, -1)[..., :cfg.in_channels]
+        v = v.permute(0, 5, 1, 3, 2, 4).reshape(x.shape)
         if cfg.predict_x:
             v = (v - x) / (1 - t[:, None, None, None]).clamp_min(0.05)        # bounded as in that paper
         return (v, tokens) if self.training and cfg.align_dim else v
 
-
 def flow_loss(model, x, s=None, y=None, drop=0.1, uniform_t=False, targets=None, align=0.0):
-    """
-    The training loss of one batch (module docstring); every draw comes from torch's default generator.
-    x: (B, C, H, W) data; s: (B, D); y: (B,); drop: part of the images that see the null condition;
-    targets: (B, T, align_dim) features to align with (REPA), weighted by align -> scalar
-    """
+    """The training loss of one batch (module docstring); every draw comes from torch's default generator.
+    x: (B, C, H, W) data; s: (B, D); y: (B,), -1: without a label; drop: part of the images that see the null
+    condition; targets: (B, T, align_dim) features to align with (REPA), weighted by align -> scalar"""
     B = len(x)
     t = torch.rand(B, device=x.device) if uniform_t else torch.randn(B, device=x.device).sigmoid()
-    z = torch.randn_like(x)
-    keep = torch.rand(B, device=x.device) >= drop
+    z, keep = torch.randn_like(x), torch.rand(B, device=x.device) >= drop
     s = None if s is None else s * keep[:, None]
-    num_classes = getattr(model, "module", model).config.num_classes
-    y = None if y is None else torch.where(keep & (y >= 0), y, num_classes)  # -1: without a label
-    x_t, u = torch.lerp(z, x, t[:, None, None, None]), x - z
-    v = model(x_t, t, s, y)
-    v, tokens = v if isinstance(v, tuple) else (v, None)
-    v = v.float()
+    if y is not None:
+        y = torch.where(keep & (y >= 0), y, getattr(model, "module", model).config.num_classes)
+    u, v = x - z, model(torch.lerp(z, x, t[:, None, None, None]), t, s, y)
+    v, tokens = (v[0].float(), v[1]) if isinstance(v, tuple) else (v.float(), None)
     # written out, because F.cosine_similarity over channels takes a quarter of a step on a CPU
     cos = (v * u).sum(1) * (v.square().sum(1) * u.square().sum(1)).clamp_min(1e-8).rsqrt()
     loss = F.mse_loss(v, u) + 1 - cos.mean()
@@ -276,16 +234,175 @@ def flow_loss(model, x, s=None, y=None, drop=0.1, uniform_t=False, targets=None,
         loss = loss - align * F.cosine_similarity(tokens.float(), targets, dim=-1).mean()
     return loss
 
+# ----------------------------------------------------------------------------- weights made elsewhere
+
+def load_weights(source, urls={}):
+    """source: a dict, the path of a file that torch.save wrote, or a name in urls (-> URL), downloaded once
+    -> {key: tensor}, the EMA weights where there are several sets, without the prefixes of DDP and
+    torch.compile; and all that source holds. ValueError where that is not to be had."""
+    whole, options = source, dict(map_location="cpu", weights_only=True)
+    try:
+        if isinstance(source, str) and source in urls:
+            name = source + os.path.splitext(urls[source])[1]
+            whole = torch.hub.load_state_dict_from_url(urls[source], file_name=name, **options)
+        elif not isinstance(source, dict):
+            with torch.serialization.safe_globals([argparse.Namespace]):  # SiT's files hold their settings
+                whole = torch.load(source, **options)
+    except urllib.error.URLError as e:
+        raise ValueError(f"no download ({e.reason}): give the path of a copy of {urls[source]}") from e
+    except FileNotFoundError as e:
+        raise ValueError(f"{source} is no file" + (urls and f", and none of {', '.join(urls)}" or "")) from e
+    except Exception as e:  # of any type, where the bytes are none of torch's
+        raise ValueError(f"{source} is damaged, or no file of weights ({type(e).__name__})") from e
+    if not isinstance(whole, dict):
+        raise ValueError(f"{source} holds a {type(whole).__name__}, no weights by name")
+    state = next((whole[k] for k in ("ema", "model", "state_dict") if isinstance(whole.get(k), dict)), whole)
+    return {k.replace("_orig_mod.", "").removeprefix("module."): v
+            for k, v in state.items() if torch.is_tensor(v)}, whole
+
+def fit(weights, network, *args):
+    """-> network(*args) with these weights, in eval mode; ValueError names keys and shapes that differ."""
+    with torch.device("meta"):  # nothing is drawn or filled that is replaced at once
+        model = network(*args)
+    have, want = ({k: tuple(v.shape) for k, v in s.items()} for s in (weights, model.state_dict()))
+    bad = [f"{k} {have.get(k, 'missing')}, expected {want.get(k, 'none')}"
+           for k in {**want, **have} if want.get(k) != have.get(k)]
+    if bad:
+        raise ValueError(f"{len(bad)} weights do not fit this {network.__name__}: " + "; ".join(bad[:3]))
+    model.load_state_dict({k: v.to(torch.float32, copy=True) for k, v in weights.items()}, assign=True)
+    return model.eval()
+
+def official_config(w):
+    """The SiTConfig of weights of the official SiT, LightningDiT or GMem, read off names and shapes."""
+    size = lambda key, axis=0: w[key].shape[axis] if key in w else 0
+    (h, C, p, _), swiglu = w["x_embedder.proj.weight"].shape, size("blocks.0.mlp.w3.weight", 1)
+    # the width of SwiGLU is int(2/3 int(h mlp_ratio)): aim at the middle
+    inner = swiglu * 3 // 2 + 1 if swiglu else size("blocks.0.mlp.fc2.weight", 1)
+    return SiTConfig(
+        input_size=p * math.isqrt(w["pos_embed"].shape[1]), patch_size=p, in_channels=C, hidden_size=h,
+        depth=len({k.split(".")[1] for k in w if k.startswith("blocks.")}),
+        num_heads=16 if h == 1152 else h // 64, mlp_ratio=(inner + 0.5) / h, swiglu=swiglu > 0,
+        memory_dim=size("condition_projection.linear.weight", 1), align_dim=size("projector.0.4.bias"),
+        num_classes=max(0, size("y_embedder.embedding_table.weight") - 1),
+        learn_sigma=size("final_layer.linear.bias") == 2 * C * p * p, rope="feat_rope.freqs_cos" in w,
+        rmsnorm="blocks.0.norm1.weight" in w, qk_norm="blocks.0.attn.q_norm.weight" in w)
 
 def load_sit(source):
-    """
-    source: a checkpoint of train.py, path or loaded dict -> SiT of the EMA weights, in eval mode
-    ValueError where keys or shapes do not fit.
-    """
-    ckpt = source if isinstance(source, dict) else torch.load(source, map_location="cpu", weights_only=True)
+    """source: a checkpoint of train.py or of the official SiT, LightningDiT or GMem, path or loaded dict
+    -> SiT of the EMA weights, in eval mode. ValueError where keys or shapes do not fit."""
+    w, whole = load_weights(source)
+    config = whole.get("config")  # LightningDiT's and GMem's files have one too, of other settings
     try:
-        model = SiT(SiTConfig(**ckpt["config"]))
-        model.load_state_dict(ckpt["ema"])
-    except (RuntimeError, TypeError) as e:
-        raise ValueError(f"a checkpoint that does not fit this model: {e}") from e
-    return model.eval()
+        config = official_config(w) if config is None or "model" in config else SiTConfig(**config)
+    except (KeyError, TypeError) as e:
+        raise ValueError(f"a checkpoint of no SiT, LightningDiT or GMem: {e}") from e
+    return fit(w, SiT, config)
+
+# ----------------------------------------------------------------------------- tokenizers
+
+class ResnetBlock(nn.Module):
+    def __init__(self, n, m):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(32, n, eps=1e-6), nn.Conv2d(n, m, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(32, m, eps=1e-6), nn.Conv2d(m, m, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(n, m, 1) if n != m else nn.Identity()
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+
+class AttnBlock(nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.norm = nn.GroupNorm(32, n, eps=1e-6)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(n, n, 1) for _ in range(4))
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (f(h).flatten(2).mT[:, None] for f in (self.q, self.k, self.v))  # (B, 1 head, H*W, n)
+        return x + self.proj_out(F.scaled_dot_product_attention(q, k, v)[:, 0].mT.reshape(x.shape))
+
+class Level(nn.Module):
+    """The blocks of one resolution, and the way to the next: "down", "up" or None."""
+    def __init__(self, n, m, blocks, attn, way):
+        super().__init__()
+        self.block = nn.ModuleList([ResnetBlock(m if j else n, m) for j in range(blocks)])
+        self.attn = nn.ModuleList([AttnBlock(m) if attn else nn.Identity() for _ in range(blocks)])
+        if way:
+            conv = nn.Conv2d(m, m, 3, *((2, 0) if way == "down" else (1, 1)))  # stride, padding
+            self.add_module(way + "sample", nn.ModuleDict(dict(conv=conv)))
+
+    def forward(self, x):
+        for block, attn in zip(self.block, self.attn):
+            x = attn(block(x))
+        if hasattr(self, "downsample"):
+            return self.downsample["conv"](F.pad(x, (0, 1, 0, 1)))
+        return self.upsample["conv"](F.interpolate(x, scale_factor=2)) if hasattr(self, "upsample") else x
+
+class Coder(nn.Module):
+    """Encoder (way "down") or decoder ("up"), n_in to n_out channels; levels count from the finest."""
+    def __init__(self, n_in, n_out, widths, blocks, attn, way):
+        super().__init__()
+        order = [*range(len(widths))][::1 if way == "down" else -1]
+        levels = [Level(widths[i], widths[j], blocks, j in attn, way if j != order[-1] else None)
+                  for i, j in zip(order[:1] + order, order)]
+        first, last, m = widths[order[0]], widths[order[-1]], widths[-1]
+        self.conv_in = nn.Conv2d(n_in, first, 3, padding=1)
+        self.mid = nn.Sequential(OrderedDict(
+            block_1=ResnetBlock(m, m), attn_1=AttnBlock(m), block_2=ResnetBlock(m, m)))
+        self.add_module(way, nn.ModuleList(levels if way == "down" else levels[::-1]))
+        self.norm_out, self.conv_out = nn.GroupNorm(32, last, eps=1e-6), nn.Conv2d(last, n_out, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for f in [self.mid, *self.up[::-1]] if hasattr(self, "up") else [*self.down, self.mid]:
+            x = f(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+class AutoencoderKL(nn.Module):
+    """Images x (B, 3, H, W) in [-1, 1] <-> latents z (B, channels, H / factor, W / factor), as they are,
+    unscaled (arXiv 2112.10752). By default sd-vae-ft-ema, f8d4; VA-VAE (arXiv 2501.01423), f16d32, is
+    AutoencoderKL(32, (128, 128, 256, 256, 512), attn=(4,)), attn being the levels that have attention."""
+    def __init__(self, channels=4, widths=(128, 256, 512, 512), blocks=2, attn=()):
+        super().__init__()
+        self.channels, self.factor = channels, 2 ** (len(widths) - 1)
+        self.encoder = Coder(3, 2 * channels, widths, blocks, attn, "down")
+        self.decoder = Coder(channels, 3, widths, blocks + 1, attn, "up")
+        self.quant_conv, self.post_quant_conv = (nn.Conv2d(n, n, 1) for n in (2 * channels, channels))
+
+    def encode(self, x):
+        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def decode(self, z):
+        return self.decoder(self.post_quant_conv(z))
+
+AUTOENCODERS = {name: f"https://huggingface.co/{repo}/resolve/main/{file}" for name, repo, file in (
+    ("sd-vae-ft-ema", "stabilityai/sd-vae-ft-ema", "diffusion_pytorch_model.bin"),
+    ("vavae-f16d32", "hustvl/vavae-imagenet256-f16d32-dinov2", "vavae-imagenet256-f16d32-dinov2.pt"))}
+DIFFUSERS = {  # its names -> those of the LDM code, which are used here
+    "down_blocks": "down", "downsamplers.0": "downsample", "upsamplers.0": "upsample", "resnets": "block",
+    "mid_block.block.0": "mid.block_1", "mid_block.block.1": "mid.block_2", "attentions": "attn",
+    "mid_block.attn.0": "mid.attn_1", "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v",
+    "to_out.0": "proj_out", "query": "q", "key": "k", "value": "v", "proj_attn": "proj_out",
+    "conv_shortcut": "nin_shortcut", "conv_norm_out": "norm_out"}
+
+def load_autoencoder(source):
+    """source: a name in AUTOENCODERS, a path or a state dict, in the key format of diffusers or of LDM
+    -> AutoencoderKL in eval mode. ValueError where keys or shapes do not fit."""
+    state, w = load_weights(source, AUTOENCODERS)[0], {}
+    levels = len({k.split(".")[2] for k in state if k.startswith(("encoder.down.", "encoder.down_blocks."))})
+    for key, v in state.items():
+        if key.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")):  # else: for training
+            for i in range(levels):  # diffusers counts from the coarsest
+                key = key.replace(f"up_blocks.{i}.", f"up.{levels - 1 - i}.")
+            for old, new in DIFFUSERS.items():
+                key = key.replace(f".{old}.", f".{new}.")
+            w[key] = v[:, :, None, None] if ".attn" in key and v.ndim == 2 else v
+    try:
+        widths = [len(w[f"encoder.down.{i}.block.0.conv1.bias"]) for i in range(levels)]
+        blocks = sum(k.startswith("encoder.down.0.") and k.endswith("conv1.bias") for k in w)
+        attn = [i for i in range(levels) if f"encoder.down.{i}.attn.0.q.bias" in w]
+        return fit(w, AutoencoderKL, len(w["post_quant_conv.bias"]), widths, blocks, attn)
+    except KeyError as e:
+        raise ValueError(f"weights of no autoencoder in the format of diffusers or LDM: no {e}") from e
