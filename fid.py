@@ -219,6 +219,9 @@ def main():
         nets.append(lambda x: dino((resize(x.float()) - mean) / std)[:1])
     net = lambda x: [v for f in nets for v in f(x.to(device))]
     features = [extract(path, n, read, net, args.batch_size) if n else [] for path, n, read, _ in sets]
+    if WORLD > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
     if RANK:
         return
     result = dict(weights=weights, N_ref=int(ref.setdefault("n", n)), N_samples=int(gen.setdefault("n", m)))

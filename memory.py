@@ -66,6 +66,9 @@ def cli(main):
     """Runs main(); bad input ends as one line on stderr and exit code 2."""
     try:
         main()
+        if dist.is_initialized():  # left to the interpreter's end, gloo's threads may abort the process
+            dist.barrier()
+            dist.destroy_process_group()
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on where this one was")
     except (ValueError, OSError) as e:

@@ -338,9 +338,6 @@ def main():
         if stopping:
             break
     say(f"{args.out}/ckpt.pt holds step {step + 1:,}" + (": stopped by a signal" if stopping else ""))
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
 
 if __name__ == "__main__":
     cli(main)
