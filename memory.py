@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from model import AUTOENCODERS, Attention, SiTConfig, fit, load_autoencoder, load_weights
+from model import AUTOENCODERS, Attention, SiTConfig, fit, load_autoencoder, load_file, load_weights
 
 RANK = 64     # of a bank, by default
 CPU = torch.device("cpu")
@@ -90,20 +90,6 @@ def replacing(path):
     finally:
         if os.path.exists(tmp):
             os.remove(tmp)
-
-def load_pt(path, keys=()):
-    """torch.load, of a dict with these keys if any, mapped into memory; ValueError for anything else"""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the official SiT's hold their settings
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        missing = [k for k in sorted(keys) if k not in state]
-    except OSError:
-        raise
-    except Exception as e:  # whatever the bytes of a damaged file make torch do
-        raise ValueError(f"{path} is damaged, or not written by this program ({type(e).__name__})") from e
-    if missing:
-        raise ValueError(f"{path} is no file of the kind expected: it lacks {', '.join(missing)}")
-    return state
 
 def load_array(path):
     """an .npy file, mapped into memory"""
@@ -241,7 +227,7 @@ class MemoryBank:
     def load(path):
         """Maps the file: nothing is read until it is indexed."""
         keys = [f.name for f in fields(MemoryBank)]
-        state = load_pt(path, keys + ["id"])
+        state = load_file(path, keys=keys + ["id"])
         try:
             bank = MemoryBank(*(v.numpy() if torch.is_tensor(v) else v for v in map(state.get, keys)))
             bank.__dict__["id"] = state["id"] + ""  # as computed when it was built
@@ -600,7 +586,7 @@ def latent_stats(tokenizer, path=None, latents=None):
     """-> mean and std per channel of latents, two lists: known ones, from the file path, or measured"""
     known = {"pixel": ([127.5] * 3, [127.5] * 3), "sd-vae-ft-ema": ([0.0] * 4, [1 / 0.18215] * 4)}
     if path and tokenizer != "pixel":  # VA-VAE's latents_stats.pt
-        state = load_pt(path, ("mean", "std"))
+        state = load_file(path, keys=("mean", "std"))
         return state["mean"].flatten().tolist(), state["std"].flatten().tolist()
     if tokenizer in known:
         return known[tokenizer]
@@ -693,10 +679,11 @@ def prepare(src, out, image_size=256, tokenizer="pixel", encoder="thumbnail", ra
     if not is_glyphs(src) and not os.path.exists(src):
         raise ValueError(f"{src} does not exist; give a folder of images, an .npy or .npz, or glyphs")
     given = load_features(features) if features else None
-    tokenizer, encoder = (os.path.abspath(k) if os.path.isfile(k) else k for k in (tokenizer, encoder))
-    name = os.path.abspath(features) if features else encoder
+    whole = lambda k: os.path.abspath(k) if k and os.path.isfile(k) else k
+    tokenizer, encoder, name, stats = map(whole, (tokenizer, encoder, features or encoder, stats))
     settings = dict(source=src if is_glyphs(src) else os.path.abspath(src), image_size=image_size, rank=rank,
-                    tokenizer=tokenizer, encoder=name, dtype=dtype, energy=energy, flip=flip, patches=patches)
+                    tokenizer=tokenizer, latent_stats=stats, encoder=name, dtype=dtype, energy=energy,
+                    flip=flip, patches=patches)
     path, parts = os.path.join(out, "meta.json"), os.path.join(out, "parts")
     if os.path.exists(path):
         was = read_json(path)["settings"]
@@ -748,11 +735,20 @@ def prepare(src, out, image_size=256, tokenizer="pixel", encoder="thumbnail", ra
 
 def load_features(path):
     """-> (N, D), mapped into memory, of an .npy or of a .pt with one tensor, as the official GMem's banks"""
-    features = load_array(path) if path.endswith(".npy") else load_pt(path)
+    features = load_array(path) if path.endswith(".npy") else load_file(path)
     dtype, shape = getattr(features, "dtype", type(features)), tuple(getattr(features, "shape", ()))
     if len(shape) != 2 or "float" not in str(dtype):
         raise ValueError(f"{path} holds no floats (N, D) but {dtype} {shape}")
     return features
+
+def data_flags(add, size=None):  # of train.py, too
+    add("--image-size", type=positive, default=size, help="of the images, in preparing them")
+    add("--tokenizer", default="pixel", help=f"pixel, {', '.join(AUTOENCODERS)}, or a file")
+    add("--latent-stats", metavar="FILE", help="mean and std of the latents, instead of measured ones")
+    add("--encoder", default="thumbnail", help=f"thumbnail, {', '.join(DINOV2)}, or a file")
+    add("--rank", type=rank_argument, default=RANK, help="of the bank: directions kept, or full")
+    add("--flip", action=argparse.BooleanOptionalAction, default=False, help="mirrored images too")
+    add("--skip-bad", action="store_true", help="leave out files that are not readable")
 
 def main():
     parser = Parser(description="Images to latents and a memory bank.", allow_abbrev=False)
@@ -761,17 +757,11 @@ def main():
     add("--features", help=".npy or .pt (N, D), encoded elsewhere; without --data OUT is a bank")
     add("--out")
     add("--info", metavar="BANK", help="print what this bank is, and nothing else")
-    add("--image-size", type=positive, default=256)
-    add("--tokenizer", default="pixel", help=f"pixel, {', '.join(AUTOENCODERS)}, or a file")
-    add("--latent-stats", metavar="FILE", help="mean and std of the latents, instead of measured ones")
-    add("--encoder", default="thumbnail", help=f"thumbnail, {', '.join(DINOV2)}, or a file")
-    add("--rank", type=rank_argument, default=RANK, help="directions kept, or full")
+    data_flags(add, 256)
     add("--energy", type=float, help="as many directions as keep this part of the variance")
     add("--dtype", choices=DTYPES, default="int8")
     add("--patches", action="store_true", help="a bank of the patch tokens too, for train.py --align")
-    add("--flip", action="store_true", help="mirrored images are entries of their own")
     add("--overwrite", action="store_true", help="another bank in OUT may be lost")
-    add("--skip-bad", action="store_true", help="leave out files that are not readable")
     args = parser.parse_args()
     if args.info:
         return print(MemoryBank.load(args.info))

@@ -16,6 +16,7 @@ import argparse
 import math
 import os
 import urllib.error
+import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -33,7 +34,8 @@ class SiTConfig:
     num_heads: int = 6
     mlp_ratio: float = 4.0
     memory_dim: int = 0         # D of the snippets, 0: no memory
-    memory_scale: float = 1.0   # the norm that snippets get (official: 1; sqrt(D) was faster in small runs)
+    memory_scale: float = 1.0   # what snippets are multiplied by (official: 1)
+    memory_center: bool = False  # the network sees s - mean: masked entries are then the mean's, not zero
     num_classes: int = 0        # 0: no labels
     mask_ratio: float = 0.4     # part of a snippet that is zeroed in training (official GMem: 0.4)
     learn_sigma: bool = False   # twice the output channels, the second half unused (official SiT weights)
@@ -166,6 +168,8 @@ class SiT(nn.Module):
             self.y_embedder = nn.ModuleDict(dict(embedding_table=nn.Embedding(config.num_classes + 1, h)))
         if config.memory_dim:
             self.condition_projection = nn.ModuleDict(dict(linear=nn.Linear(config.memory_dim, h)))
+        if config.memory_center:  # set before training
+            self.register_buffer("memory_mean", torch.zeros(config.memory_dim))
         self.register_buffer("pos_embed", sincos_pos_embed(h, size)[None])
         self.feat_rope = Rope2d(h // config.num_heads, size) if config.rope else None
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
@@ -197,8 +201,11 @@ class SiT(nn.Module):
         cfg, B, p = self.config, len(x), self.config.patch_size
         c = self.t_embedder["mlp"](time_features(t).type_as(self.pos_embed))  # (B, h)
         if cfg.memory_dim:
-            s = x.new_zeros(B, cfg.memory_dim) if s is None else cfg.memory_scale * s
-            c = c + self.condition_projection["linear"](F.dropout(s, cfg.mask_ratio, self.training))
+            s = x.new_zeros(B, cfg.memory_dim) if s is None else s
+            if cfg.memory_center:  # and zeros stay zeros
+                s = (s - self.memory_mean) * s.any(1, keepdim=True)
+            s = F.dropout(cfg.memory_scale * s, cfg.mask_ratio, self.training)
+            c = c + self.condition_projection["linear"](s)
         if cfg.num_classes:
             y = x.new_full((B,), cfg.num_classes, dtype=torch.long) if y is None else y
             c = c + self.y_embedder["embedding_table"](y)
@@ -236,24 +243,31 @@ def flow_loss(model, x, s=None, y=None, drop=0.1, uniform_t=False, targets=None,
 
 # ----------------------------------------------------------------------------- weights made elsewhere
 
-def load_weights(source, urls={}):
-    """source: a dict, the path of a file that torch.save wrote, or a name in urls (-> URL), downloaded once
-    -> {key: tensor}, the EMA weights where there are several sets, without the prefixes of DDP and
-    torch.compile; and all that source holds. ValueError where that is not to be had."""
-    whole, options = source, dict(map_location="cpu", weights_only=True)
+def load_file(source, urls={}, keys=()):
+    """source: the path of a file that torch.save wrote, or a name in urls (-> URL), downloaded once; keys:
+    what has to be in it -> what it holds, mapped into memory. ValueError where that is not to be had."""
+    options = dict(map_location="cpu", weights_only=True)
     try:
-        if isinstance(source, str) and source in urls:
+        if source in urls:
             name = source + os.path.splitext(urls[source])[1]
-            whole = torch.hub.load_state_dict_from_url(urls[source], file_name=name, **options)
-        elif not isinstance(source, dict):
-            with torch.serialization.safe_globals([argparse.Namespace]):  # SiT's files hold their settings
-                whole = torch.load(source, **options)
+            return torch.hub.load_state_dict_from_url(urls[source], file_name=name, **options)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # SiT's files hold their settings
+            whole = torch.load(source, mmap=zipfile.is_zipfile(source), **options)
+        missing = [k for k in sorted(keys) if k not in whole]
     except urllib.error.URLError as e:
         raise ValueError(f"no download ({e.reason}): give the path of a copy of {urls[source]}") from e
     except FileNotFoundError as e:
         raise ValueError(f"{source} is no file" + (urls and f", and none of {', '.join(urls)}" or "")) from e
     except Exception as e:  # of any type, where the bytes are none of torch's
-        raise ValueError(f"{source} is damaged, or no file of weights ({type(e).__name__})") from e
+        raise ValueError(f"{source} is damaged, or not written by torch.save ({type(e).__name__})") from e
+    if missing:
+        raise ValueError(f"{source} is no file of the kind expected: it lacks {', '.join(missing)}")
+    return whole
+
+def load_weights(source, urls={}):
+    """source: a dict, or see load_file -> {key: tensor}, the EMA weights where there are several sets,
+    without the prefixes of DDP and torch.compile; and all that source holds"""
+    whole = source if isinstance(source, dict) else load_file(source, urls)
     if not isinstance(whole, dict):
         raise ValueError(f"{source} holds a {type(whole).__name__}, no weights by name")
     state = next((whole[k] for k in ("ema", "model", "state_dict") if isinstance(whole.get(k), dict)), whole)

@@ -22,14 +22,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from memory import (PIXELS, Blocks, Images, MemoryBank, Parser, best_device, cli, encode_all, fraction,
-                    init_distributed, latent_stats, load_array, load_encoder, load_pt, load_tokenizer, mask,
+                    init_distributed, latent_stats, load_array, load_encoder, load_tokenizer, mask,
                     mix, positive, rank_world, replacing, within)
-from model import load_sit
+from model import load_file, load_sit
 
 # ----------------------------------------------------------------------------- samplers
 
 def ode(v, z, steps, method="heun", shift=0.0):
-    """v(x, t) -> velocity, t (B,); z: noise (B, ...); method: "euler" (order 1) or "heun" (2) -> x at t=1
+    """v(x, t) -> velocity, t (B,); z: noise (B, ...); method: "euler" (order 1) or "heun" (2, but for
+    the last step: no network has learned what to do at t=1) -> x at t=1
     shift s > 0 maps the time grid by t -> s t / (1 + (s-1) t); s < 1 puts more steps near the noise"""
     times = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     if shift > 0:
@@ -37,7 +38,7 @@ def ode(v, z, steps, method="heun", shift=0.0):
     x, at = z, lambda t: z.new_full((len(z),), t)
     for t, t1 in zip(times.tolist(), times[1:].tolist()):
         k = v(x, at(t))
-        if method == "heun":
+        if method == "heun" and t1 < times[-1]:
             k = (k + v(x + (t1 - t) * k, at(t1))) / 2
         x = x + (t1 - t) * k
     return x
@@ -99,7 +100,8 @@ def generate(model, ids, bank=None, seed=0, method="heun", steps=25, shift=0.0, 
     if config.memory_dim:
         s = bank[draw(g, torch.randint, len(bank), ()).numpy()] if s is None else s
         if mask_ratio:
-            s = torch.cat([mask(a[None], mask_ratio, b) for a, b in zip(s, g)])
+            mean = model.memory_mean.cpu() if config.memory_center else 0
+            s = torch.cat([mean + mask(a[None] - mean, mask_ratio, b) for a, b in zip(s, g)])
         s = s.to(device)
     if config.num_classes:
         y = draw(g, torch.randint, config.num_classes, ()).to(device)
@@ -147,12 +149,12 @@ def scaled(latents, meta):
 
 def load_checkpoint(path):
     """A checkpoint of train.py, mapped into memory -> dict (keys: see train.py)"""
-    return load_pt(path, ("step", "model", "ema", "optimizer", "config", "meta", "args", "bank", "skipped"))
+    return load_file(path, {}, "step model ema optimizer config meta args bank skipped".split())
 
 def load_model(args, device):
     """-> model, tokenizer, meta, bank and its path (None, None: has none), of a file of train.py or official
     weights; what those do not say (--tokenizer, --bank, --latent-stats) has to be in args"""
-    ckpt = load_pt(args.ckpt)
+    ckpt = load_file(args.ckpt)
     model, path, was = load_sit(ckpt).to(device), args.bank, None
     if "meta" in ckpt:
         ckpt = load_checkpoint(args.ckpt)

@@ -164,6 +164,14 @@ def test_model_against_plain_formulas():  # one block written out, with loops wh
         want[:, 2 * i + p, 2 * j + q] = h[4 * i + j, 6 * p + 3 * q:6 * p + 3 * q + 3]
     assert torch.allclose(model.double()(x, t, s)[0], want, atol=1e-6 * want.abs().max())
 
+def test_the_network_sees_centred_snippets_and_the_null_snippet_as_zeros():
+    plain, centred = (randomised(SiT(SiTConfig(**TINY, memory_dim=12, memory_scale=3.0, memory_center=c)))
+                      for c in (False, True))
+    x, t, s, mean = torch.randn(2, 3, 8, 8), torch.rand(2), torch.randn(2, 12), torch.randn(12)
+    centred.memory_mean.copy_(mean)
+    assert torch.allclose(centred(x, t, s), plain(x, t, s - mean), atol=1e-5)
+    assert torch.equal(centred(x, t), plain(x, t)) and torch.equal(centred(x, t, 0 * s), plain(x, t))
+
 def test_position_table_is_the_official_one_and_rope_sees_relative_positions_only():
     grid = np.stack(np.meshgrid(np.arange(4.0), np.arange(4.0)))  # x first, as in DiT
     omega = 1 / 10000 ** (np.arange(8) / 8)
@@ -316,9 +324,10 @@ def test_the_sde_ends_with_a_step_without_noise(method, calls):
     assert len(seen) == calls and t == pytest.approx(0.996) and x.item() == pytest.approx(0.996 * before)
 
 def test_time_shift_is_the_official_map():
-    seen, z = [], torch.zeros(1, 1, dtype=torch.float64)
-    ode(lambda x, t: seen.append(t.item()) or x, z, 4, "euler", shift=0.3)
-    assert np.allclose(seen, [0.3 * t / (1 - 0.7 * t) for t in (0, 0.25, 0.5, 0.75)])
+    for method, points in ("euler", (0, 0.25, 0.5, 0.75)), ("heun", (0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75)):
+        seen, z = [], torch.zeros(1, 1, dtype=torch.float64)  # t = 1 is never asked for
+        ode(lambda x, t: seen.append(t.item()) or x, z, 4, method, shift=0.3)
+        assert np.allclose(seen, [0.3 * t / (1 - 0.7 * t) for t in points])
 
 def test_guidance_acts_in_its_interval_only_and_costs_nothing_outside():
     sizes, model = [], lambda x, t, s, y: sizes.append(len(x)) or y.double()[:, None] + s.sum(1, keepdim=True)
@@ -592,7 +601,10 @@ def test_folder_to_samples(trained):  # prepared, trained on and sampled from by
     ckpt = load("out/ckpt.pt")
     made_by = dict(encoder="thumbnail", tokenizer="pixel", image_size=16)
     assert made_by.items() <= ckpt["meta"]["settings"].items()
-    assert ckpt["bank"]["id"] == MemoryBank.load(f"out/{ckpt['bank']['path']}").id
+    bank = MemoryBank.load(f"out/{ckpt['bank']['path']}")
+    seen = (bank[:] - ckpt["ema"]["memory_mean"]) * ckpt["config"]["memory_scale"]
+    assert ckpt["bank"]["id"] == bank.id and seen.mean(0).abs().max() < 1e-4
+    assert seen.square().mean().item() == pytest.approx(1, abs=1e-4)
     # the same images from the command line, in other batches, by two processes, and from Python
     ask = ("sample.py --ckpt out/ckpt.pt --num-images 10 --steps 3 --device cpu --method sde-heun --cfg 1.5 "
            "--cfg-interval 0.2 1 --mask 0.3 --seed 5")
@@ -813,7 +825,7 @@ def test_latents_dinov2_and_alignment_from_the_command_line():  # small random n
     assert len(patches) == 60 * 256 and kept == pytest.approx(best, abs=1e-3) and kept > 0.9
     quick = f"train.py --data {os.path.abspath('0')} --batch-size 2 --steps 2 --preview-every 0 --align 0.5"
     assert "SiT-T/4 expects 16 patch tokens" in run(f"{quick} --model SiT-T/4 --out no", fails=True)
-    run(f"{quick} --model LightningDiT-S/1 --out o")  # and then the same, as an official file
+    run(f"{quick} --model LightningDiT-S/1 --scale 1 --out o")  # and then the same, as an official file
     torch.save({"ema": {f"module.{k}": v for k, v in load("o/ckpt.pt")["ema"].items()}}, "official.pt")
     torch.save({k: torch.tensor(meta[k]).view(1, 4, 1, 1) for k in ("mean", "std")}, "stats.pt")
     ask = "--num-images 2 --steps 1 --device cpu --out"

@@ -25,15 +25,13 @@ from itertools import chain
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
-from memory import (DINOV2, RANK, MemoryBank, Parser, best_device, cli, fraction, init_distributed,
-                    load_array, load_tokenizer, positive, prepare, rank_argument, rank_world, read_json,
-                    replacing, within)
-from model import AUTOENCODERS, CONFIGS, SiT, SiTConfig, flow_loss
+from memory import (MemoryBank, Parser, best_device, cli, data_flags, fraction, init_distributed, load_array,
+                    load_tokenizer, positive, prepare, rank_world, read_json, replacing, together, within)
+from model import CONFIGS, SiT, SiTConfig, flow_loss
 from sample import decode, generate, load_checkpoint, save_images, seed_of
 
 # ----------------------------------------------------------------------------- settings
@@ -58,15 +56,10 @@ def arguments():
     add = parser.add_argument
     add("--data", help="a prepared folder, or what memory.py takes; that is prepared first, into OUT/data")
     add("--out", default="out", help="folder of everything that is written")
-    add("--image-size", type=positive, help="of the images, in preparing them")
-    add("--tokenizer", default="pixel", help=f"pixel, {', '.join(AUTOENCODERS)}, or a file")
-    add("--encoder", default="thumbnail", help=f"thumbnail, {', '.join(DINOV2)}, or a file")
-    add("--rank", type=rank_argument, default=RANK, help="of the bank, or full")
-    add("--flip", action=argparse.BooleanOptionalAction, default=False, help="mirrored images too")
-    add("--skip-bad", action="store_true", help="leave out files that are not readable")
+    data_flags(add)
     add("--model", help=f"one of {', '.join(CONFIGS)}")
     add("--condition", choices=("memory", "class", "none"), default="memory", help="class, none: plain SiT")
-    add("--scale", type=within(0, kind=float), help="norm of the snippets in the network (None: sqrt(D))")
+    add("--scale", type=within(0, kind=float), help="of the snippets (None: centred, of norm sqrt(D))")
     add("--mask", type=fraction, default=0.4, help="part of the snippet's entries set to zero")
     add("--align", type=within(0, kind=float), default=0.0, help="weight of REPA's loss; needs patches.pt")
     add("--drop", type=fraction, default=0.1, help="part of the images shown with the null condition")
@@ -198,7 +191,6 @@ def main():
     init_distributed(device)
     me, world = rank_world()
     say = print if me == 0 else lambda *a: None
-    add_up = dist.all_reduce if world > 1 else lambda x: None
     cuda = device.type == "cuda"
     args.micro_batch, accumulate = split(args.batch_size, args.micro_batch, world)
 
@@ -209,7 +201,7 @@ def main():
         if args.tokenizer == "pixel" and S % patch:
             raise ValueError(f"--image-size {S} is no multiple of {patch}, {args.model}'s patch")
         prepare(args.data, folder, S, args.tokenizer, args.encoder, args.rank, flip=args.flip,
-                patches=args.align > 0, skip_bad=args.skip_bad, device=device)
+                patches=args.align > 0, stats=args.latent_stats, skip_bad=args.skip_bad, device=device)
     data = Data(folder, args.seed, device, args.align > 0)
     meta, bank, N = data.meta, data.bank, len(data.latents)
     made, classes, (C, side, _) = meta["settings"], len(meta["classes"]), meta["latent"]
@@ -224,14 +216,19 @@ def main():
                          f"{have:g}")
 
     # model, begun or resumed
+    some = bank[np.linspace(0, len(bank) - 1, min(len(bank), 10_000)).astype(int)]
+    spread = (some - some.mean(0)).square().mean().sqrt().clamp_min(1e-6).item()
     config = SiTConfig(**ckpt["config"]) if ckpt else SiTConfig(
         **CONFIGS[args.model], input_size=side, in_channels=C, mask_ratio=args.mask,
         align_dim=data.patches.dim if args.align else 0,
-        memory_dim=bank.dim if args.condition == "memory" else 0, memory_scale=args.scale or bank.dim ** 0.5,
+        memory_dim=bank.dim if args.condition == "memory" else 0, memory_scale=args.scale or 1 / spread,
+        memory_center=args.condition == "memory" and not args.scale,
         num_classes=classes if args.condition == "class" else 0)
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
     model = SiT(config).to(device)
+    if config.memory_center:
+        model.memory_mean.copy_(some.mean(0))
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, args.lr, betas=(0.9, 0.95), weight_decay=0, fused=True)
@@ -297,7 +294,7 @@ def main():
                     part = flow_loss(net, x, s, y, args.drop, False, *patches, align=args.align) / accumulate
                 part.backward()
             loss += part.detach()
-        add_up(loss)
+        together("all_reduce", loss)
         loss /= world
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
         bad = ~torch.isfinite(loss + norm)     # the same on all processes
@@ -309,7 +306,7 @@ def main():
         skipped, row, counted = skipped + bad, (row + 1) * bad, counted + 1
         total, good = total + loss.nan_to_num(0, 0, 0) * ~bad, good + ~bad
         stopping = torch.tensor(float(bool(stop)))
-        add_up(stopping)  # on the CPU: the GPU is not waited for
+        together("all_reduce", stopping)  # on the CPU: the GPU is not waited for
         last = step + 1 == args.steps or stopping > 0
         due = lambda every: every and (last or (step + 1) % every == 0)
         if due(args.log_every):
