@@ -7,7 +7,8 @@
 What is notable:
 - one class is SiT (arXiv 2401.08740) and LightningDiT (arXiv 2501.01423), by switches of `SiTConfig`
 - the network may predict x instead of v, for large patches (arXiv 2511.13720); what it returns is always v
-- the snippet enters through one linear layer, added to the time embedding, and reaches each block by adaLN
+- the snippet, centred (unless the weights are official ones), enters through one linear layer, is added to
+  the time embedding, and reaches each block by adaLN
 - the null snippet is zeros, the null label one more row of the table; training shows both, for guidance
 - parameters carry the names of the official code, so that official weights need no renaming
 - the tokenizers of latent diffusion, sd-vae-ft-ema and VA-VAE, are one class, at the end

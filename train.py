@@ -251,7 +251,9 @@ def main():
     say(f"model: {args.model}, {count:,} parameters, condition {args.condition}, on {device}\n"
         f"batch: {args.batch_size} = {world} processes x {accumulate} micro-batches of {args.micro_batch}")
     net = torch.compile(model) if (cuda if args.compile is None else args.compile) else model
-    net = DDP(net, device_ids=[device.index] if cuda else None) if world > 1 else net
+    if world > 1:  # the buffers are constants
+        net = DDP(net, device_ids=[device.index] if cuda else None, broadcast_buffers=False,
+                  gradient_as_bucket_view=True)
     half = args.dtype == "bfloat16" or (args.dtype is None and cuda)
     peak = ideal_speed(model, device) * world if cuda else None
 
