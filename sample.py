@@ -15,6 +15,7 @@ Image i depends on (seed, i) alone, not on batch size or number of processes (bu
 import os
 import shutil
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -294,13 +295,22 @@ def main():
     if args.audit is not None:
         arrays["latents.npy"] = (len(ids), config.in_channels, *2 * [config.input_size]), "float32"
     blocks = Blocks(out + ".parts", settings, arrays, args.batch_size)
-    with tqdm(total=sum(map(len, blocks.todo)), desc="sampling", unit="img", disable=me > 0) as bar:
+    total = sum(map(len, blocks.todo))
+    with tqdm(total=total, desc="sampling", unit="img", disable=me > 0) as bar, ThreadPoolExecutor(1) as pool:
+        def finish(rows, x):
+            blocks.write(rows, images=decode(x, meta, tokenizer), latents=x.cpu())
+            bar.update(len(rows))
+        # a GPU makes the next batch while this one is decoded and written; on a CPU both would want the cores
+        job, later = None, pool.submit if device.type == "cuda" else lambda f, *args: f(*args)
         for rows in blocks.todo:
             part = slice(rows.start, rows.stop)
             x = generate(model, ids[part], bank, args.seed, args.method, args.steps, args.shift, args.cfg,
                          args.cfg_interval, args.mask, args.label, None if s is None else s[part])
-            blocks.write(rows, images=decode(x, meta, tokenizer), latents=x.cpu())
-            bar.update(len(rows))
+            if job:
+                job.result()
+            job = later(finish, rows, x)
+        if job:
+            job.result()
     blocks.finish()
     if me > 0:
         return
