@@ -26,7 +26,6 @@ from itertools import chain
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
-from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from memory import (MemoryBank, Parser, best_device, cli, data_flags, fraction, init_distributed, load_array,
@@ -179,6 +178,7 @@ def split(batch_size, micro_batch, world):
 def ideal_speed(model, device, n=8192):
     """-> images per second, if all of a step ran at the measured rate of a matrix product; for an image it
     takes 6 operations per weight and token, and 12 T^2 h per block for attention"""
+    from torch.utils.benchmark import Timer  # looks for compilers, which it may warn of, as it is imported
     T = (model.config.input_size // model.config.patch_size) ** 2
     weights = sum(p.numel() for b in model.blocks for m in (b.attn, b.mlp) for p in m.parameters())
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
