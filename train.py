@@ -46,6 +46,7 @@ PRESETS = {  # imagenet256: configs/gmem_sde_{b,xl}.yaml of the official GMem, b
     "imagenet512-xl": dict(OFFICIAL, data="data/imagenet512", image_size=512)}
 FIXED = "preset image_size model condition batch_size seed mask scale align".split()  # in a resumed run
 GIVE_UP = 50  # skipped steps in a row that end a run
+MICRO = 128   # images of one forward pass, at most, where nothing else is asked for
 
 def arguments():
     first = Parser(add_help=False, allow_abbrev=False)
@@ -64,7 +65,7 @@ def arguments():
     add("--drop", type=fraction, default=0.1, help="part of the images shown with the null condition")
     add("--steps", type=positive, help="in all, resumed ones included")
     add("--batch-size", type=positive, help="of all processes together")
-    add("--micro-batch", type=positive, help="of one forward pass (None: batch size / processes)")
+    add("--micro-batch", type=positive, help=f"of one forward pass (None: the most to {MICRO})")
     add("--lr", type=within(0, kind=float), help="of AdamW")
     add("--warmup", type=within(0), help="steps of linear warm-up")
     add("--decay", type=int, nargs=2, metavar=("A", "B"), help="where --lr falls to 0 (0 0: nowhere)")
@@ -168,7 +169,7 @@ def split(batch_size, micro_batch, world):
         raise ValueError(f"--batch-size {batch_size} does not divide among {world} processes; "
                          f"{less or world} or {less + world} would")
     share = batch_size // world
-    micro = micro_batch or share
+    micro = micro_batch or max(k for k in range(1, MICRO + 1) if share % k == 0)
     if share % micro:
         fits = ", ".join(str(k) for k in range(1, share + 1) if share % k == 0)
         raise ValueError(f"--micro-batch {micro} does not divide {share}, the share of one of {world} "
@@ -251,9 +252,9 @@ def main():
     say(f"model: {args.model}, {count:,} parameters, condition {args.condition}, on {device}\n"
         f"batch: {args.batch_size} = {world} processes x {accumulate} micro-batches of {args.micro_batch}")
     net = torch.compile(model) if (cuda if args.compile is None else args.compile) else model
-    if world > 1:  # the buffers are constants
-        net = DDP(net, device_ids=[device.index] if cuda else None, broadcast_buffers=False,
-                  gradient_as_bucket_view=True)
+    if world > 1:
+        net = DDP(net, device_ids=[device.index] if cuda else None, gradient_as_bucket_view=True)
+        net.broadcast_buffers = False  # they are constants; as an argument it warns, from torch 2.13 on
     half = args.dtype == "bfloat16" or (args.dtype is None and cuda)
     peak = ideal_speed(model, device) * world if cuda else None
 
