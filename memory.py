@@ -181,18 +181,19 @@ class MemoryBank:
         me, world = rank_world()
         parts = [slice(N * k // world, N * (k + 1) // world) for k in range(world)]
         device = best_device("cuda" if torch.cuda.is_available() else "cpu")
+        exact = torch.float32 if device.type == "cpu" else torch.float64  # no TF32
         if rank is None:
             dtype, rank, kept, mean, basis = "float16", D, 1.0, torch.zeros(D), torch.zeros(0, D)
         else:
             sums = torch.zeros(1 + D, D, dtype=torch.float64, device=device)  # of s, and of s s^T
-            exact = torch.float32 if device.type == "cpu" else torch.float64  # no TF32
             for _, s in unit_blocks(features, parts[me], device, "mean and Gram matrix"):
                 s = s.to(exact)
                 sums[0] += s.sum(0)
-                sums[1:] += s.T @ s
+                for i in range(0, D, 128):  # the upper triangle is enough
+                    sums[1 + i:129 + i, i:] += s[:, i:i + 128].T @ s[:, i:]
             together("all_reduce", sums)
             mean = sums[0] / N
-            values, vectors = torch.linalg.eigh(sums[1:] / N - torch.outer(mean, mean))  # ascending
+            values, vectors = torch.linalg.eigh(sums[1:] / N - torch.outer(mean, mean), "U")  # ascending
             values = values.flip(0).clamp_min(0)
             part = (values.cumsum(0) / values.sum().clamp_min(1e-30)).cpu()
             rank = min(int((part < energy).sum()) + 1, N, D) if energy else rank
@@ -201,8 +202,9 @@ class MemoryBank:
         coef, scale, most = np.empty((N, rank), dtype), np.ones(rank, np.float32), torch.full((rank,), LEAST)
         mine = coef[parts[me]]
         c = np.empty(mine.shape, np.float32) if dtype == "int8" else mine  # int8 has to wait for its scale
+        origin, turn = (v.to(exact) for v in (-mean @ basis.T, basis.T))
         for rows, s in unit_blocks(features, parts[me], device, "coefficients"):
-            s = (((s - mean).to(exact) @ basis.T.to(exact)).float() if len(basis) else s).cpu()
+            s = (torch.addmm(origin, s.to(exact), turn).float() if len(basis) else s).cpu()
             c[rows], most = s, torch.maximum(most, s.abs().amax(0))
         if dtype == "int8":
             together("all_reduce", most, dist.ReduceOp.MAX)
@@ -331,9 +333,10 @@ def unit_blocks(features, rows, device, what):
                   disable=rows.start > 0):
         s = features[i:min(i + BLOCK, rows.stop)]
         s = (s if torch.is_tensor(s) else torch.from_numpy(np.array(s))).to(device).float()
-        if not torch.isfinite(s).all():
+        norm = s.norm(dim=1, keepdim=True)
+        if not norm.isfinite().all():
             raise ValueError(f"features {i} to {i + len(s) - 1} hold NaN or infinity")
-        yield slice(i - rows.start, i - rows.start + len(s)), F.normalize(s, dim=1)
+        yield slice(i - rows.start, i - rows.start + len(s)), s / norm.clamp_min(1e-12)
 
 def mask(s, ratio, generator=None):
     """Sets a random part of the entries of s (B, D) to zero and divides the rest by 1 - ratio, as dropout."""
