@@ -23,6 +23,7 @@ import zipfile
 from collections import namedtuple
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from datetime import timedelta
 from functools import cached_property
 from multiprocessing.pool import ThreadPool
 
@@ -118,18 +119,21 @@ def together(name, *args):
 
 def best_device(name=None):
     """-> torch.device: name, or the best there is; of several GPUs the one of this process"""
-    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = name or next(k for k in usable if usable[k])
-    if not usable.get(name.split(":")[0]):
-        raise ValueError(f"--device {name} is not to be had here, but {[k for k in usable if usable[k]]}")
-    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+    usable = dict(cuda=torch.cuda.device_count(), mps=int(torch.backends.mps.is_available()), cpu=1)
+    kind, _, index = (name or next(k for k in usable if usable[k])).partition(":")
+    index = index or os.environ.get("LOCAL_RANK", "0") * (kind == "cuda") or "0"
+    if not index.isdigit() or int(index) >= usable.get(kind, 0):
+        have = ", ".join(f"{n} {k}" for k, n in usable.items() if n)
+        raise ValueError(f"--device {name or kind + ':' + index} is not to be had here, but {have}")
+    return torch.device(kind, int(index)) if kind == "cuda" else torch.device(kind)
 
 def init_distributed(device):
     """Joins the processes that torchrun has started, if it has."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(days=1))  # rank 0 may write 50,000 PNGs
 
 # ----------------------------------------------------------------------------- the memory bank
 
@@ -168,7 +172,7 @@ class MemoryBank:
         return h.hexdigest()[:16]
 
     @staticmethod
-    def build(features, rank=RANK, dtype="int8", labels=None, encoder="unknown", energy=None):
+    def build(features, rank=RANK, dtype="int8", labels=None, encoder="unknown", energy=None, device=None):
         """features: (N, D) of any float type and norm: a tensor, an array or memmap, or whatever has a shape
         and gives rows when sliced; read twice, in blocks. Of several processes each reads its part.
         rank: directions kept (see fit_rank), None: all features as they are, in float16; energy in (0, 1):
@@ -180,7 +184,7 @@ class MemoryBank:
             raise ValueError(f"dtype {dtype} is not in {DTYPES}, or energy {energy} not in (0, 1)")
         me, world = rank_world()
         parts = [slice(N * k // world, N * (k + 1) // world) for k in range(world)]
-        device = best_device("cuda" if torch.cuda.is_available() else "cpu")
+        device = device or best_device("cuda" if torch.cuda.is_available() else "cpu")
         exact = torch.float32 if device.type == "cpu" else torch.float64  # no TF32
         if rank is None:
             dtype, rank, kept, mean, basis = "float16", D, 1.0, torch.zeros(D), torch.zeros(0, D)
@@ -720,10 +724,10 @@ def prepare(src, out, image_size=256, tokenizer="pixel", encoder="thumbnail", ra
                      features=None if features else encode_all(encode, x, device))
     blocks.finish()
     source = given if features else blocks.arrays["features.npy"]
-    banks = {"bank.pt": MemoryBank.build(source, rank, dtype, images.labels, name, energy)}
+    banks = {"bank.pt": MemoryBank.build(source, rank, dtype, images.labels, name, energy, device)}
     if patches:
         source = PatchTokens(images, encode, *tokens.shape[1:], device)
-        banks["patches.pt"] = MemoryBank.build(source, rank, dtype, None, encoder, energy)
+        banks["patches.pt"] = MemoryBank.build(source, rank, dtype, None, encoder, energy, device)
     if me == 0:
         with replacing(os.path.join(out, "labels.npy")) as tmp, open(tmp, "wb") as f:
             np.save(f, images.labels)

@@ -73,7 +73,7 @@ def guided(model, s=None, y=None, cfg=1.0, interval=(0.0, 1.0)):
 
     def v(x, t):
         if interval[0] - 1e-6 <= float(t[0]) <= interval[1] + 1e-6:  # t is float32
-            v_s, v_null = model(torch.cat([x, x]), torch.cat([t, t]), s2, y2).chunk(2)
+            v_s, v_null = model(torch.cat([x, x]), torch.cat([t, t]), s2, y2).float().chunk(2)
             return torch.lerp(v_null, v_s, cfg)
         return model(x, t, s, y)
     return v
@@ -326,8 +326,8 @@ def main():
             others = given([args.audit], meta)
             others = encode_all(tokenizer.encode, others[::-(-len(others) // n)], device).numpy()
         near = audit(torch.from_numpy(np.array(blocks.arrays["latents.npy"])), own, data, meta, others)
-        known = np.concatenate([data[own[:16]], data[near[:16]]])
-        made, columns = np.concatenate([made[:16], decode(scaled(known, meta), meta, tokenizer)]), min(16, n)
+        known = scaled(np.concatenate([data[own[:16]], data[near[:16]]]), meta).to(device)
+        made, columns = np.concatenate([made[:16], decode(known, meta, tokenizer)]), min(16, n)
     save_images(made, out, columns)
     shutil.rmtree(out + ".parts")
     print(f"wrote {out}")

@@ -36,7 +36,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 TINY = dict(input_size=8, patch_size=2, in_channels=3, hidden_size=32, depth=2, num_heads=2)
 MU, SIGMA = 0.7, 0.4  # of the data that samplers are given
 QUICK = "--model SiT-T/8 --image-size 16 --batch-size 16 --device cpu"
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
 torch.set_num_threads(1)  # as in the processes that are started: their numbers are the same to the last bit
 
 @pytest.fixture(autouse=True)
@@ -338,7 +338,7 @@ def test_guidance_acts_in_its_interval_only_and_costs_nothing_outside():
     plain = torch.tensor([4, 5]).double()
     assert torch.equal(at(0.29), plain) and torch.equal(at(0.71), plain) and sizes == [2, 2]
     for t in (0.3, 0.5, 0.7):  # null: label 5, s = 0
-        assert torch.allclose(at(t), 5 + 2.5 * (plain - 5)) and sizes.pop() == 4
+        assert torch.allclose(at(t).double(), 5 + 2.5 * (plain - 5)) and sizes.pop() == 4
 
 # ----------------------------------------------------------------------------- memory
 def features(n=700, d=96, seed=0):
@@ -844,7 +844,7 @@ BAD = {  # the beginning of a command -> its flags -> what the message holds
         "--data other.npz": "holds x; images are expected under arr_0", "--align 0.5": "has no patch tokens",
         "--image-size 24": "24 is no multiple of 16, SiT-T/16's patch", "--data nowhere": "does not exist",
         "--micro-batch 48": "--micro-batch 48 does not divide 128", "--drop 2": "--drop: 2 is not in [0, 1)",
-        "--device cuda:99": "--device cuda:99 is not to be had", "--out ok": "--resume goes on with it",
+        "--device cuda:99": "cuda:99 is not to be had here, but 1 cpu", "--out ok": "--resume goes on",
         "--data t.npy": "t.npy is not an .npy file of numbers", "--data images": "3 of 9 files in",
         "--model SiT-Q": "unknown model SiT-Q; known: SiT-T/4", "--lr nan": "--lr: nan is not in",
         "--image-size 0": "--image-size: 0 is not in [1, inf)", "--steps 9999": "--decay A B",

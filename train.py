@@ -150,9 +150,18 @@ def learning_rate(step, args):
     a, b = args.decay
     return lr * min(1, max(0, (b - step) / (b - a))) if b else lr
 
-def on_signals(action):
+def note_signals():
+    """-> a list of the times at which SIGTERM and SIGINT come. A second one ends the process, but not within
+    2 s: that is torchrun passing on what a scheduler has sent to all processes."""
+    times = []
+    def note(number, frame):
+        times.append(time.time())
+        if times[-1] - times[0] > 2:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, action)
+        signal.signal(number, note)
+    return times
 
 def open_log(path, step):
     """-> the file, without what a run that was cut off has logged after its last checkpoint, at `step`"""
@@ -253,7 +262,8 @@ def main():
         f"batch: {args.batch_size} = {world} processes x {accumulate} micro-batches of {args.micro_batch}")
     net = torch.compile(model) if (cuda if args.compile is None else args.compile) else model
     if world > 1:
-        net = DDP(net, device_ids=[device.index] if cuda else None, gradient_as_bucket_view=True)
+        net = DDP(net, device_ids=[device.index] if cuda else None, gradient_as_bucket_view=True,
+                  bucket_cap_mb=200)  # torch.compile cuts the network at each bucket
         net.broadcast_buffers = False  # they are constants; as an argument it warns, from torch 2.13 on
     half = args.dtype == "bfloat16" or (args.dtype is None and cuda)
     peak = ideal_speed(model, device) * world if cuda else None
@@ -276,18 +286,20 @@ def main():
     B, size, todo = args.batch_size, args.micro_batch, range(me, accumulate * world, world)
     begins = (step * B + m * size for step in range(start, args.steps) for m in todo)
     batches = data.batches((a, a + size) for a in begins)
-    stop, writer = [], None  # stop: the signals that came; a second one ends the process at once
+    stop, writer = note_signals(), None
     if me == 0:
         os.makedirs(args.out, exist_ok=True)
         log = open_log(os.path.join(args.out, "log.jsonl"), start)
         if args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             writer = SummaryWriter(os.path.join(args.out, "tensorboard"), purge_step=start + 1)
-    on_signals(lambda number, frame: stop.append(number) or on_signals(signal.SIG_DFL))
     bar = tqdm(range(start, args.steps), "training", args.steps, initial=start, unit="step", disable=me > 0)
     t0 = time.time()
     for step in bar:
         optimizer.param_groups[0]["lr"] = lr = learning_rate(step, args)
+        if cuda and step == start + 1:  # the first has compiled
+            torch.cuda.synchronize()
+            t0, counted = time.time(), 0
         loss = zero.clone()
         for m in todo:
             x, s, y, *patches = next(batches)
