@@ -242,6 +242,7 @@ def main():
     add("--tokenizer", help="of official weights, or a file with the weights of the checkpoint's")
     add("--latent-stats", help="with official weights: .pt of mean and std of VA-VAE's latents")
     add("--device")
+    add("--compile", action="store_true", help="the network, by torch.compile")
     args = parser.parse_args()
     if not args.cfg_interval[0] <= args.cfg_interval[1]:
         raise ValueError(f"--cfg-interval {args.cfg_interval}: LO is above HI")
@@ -260,6 +261,7 @@ def main():
     init_distributed(device)
     me = rank_world()[0]
     model, tokenizer, meta, bank, path = load_model(args, device)
+    model = torch.compile(model) if args.compile else model
     config, size = model.config, meta["settings"]["image_size"]
     if args.label is not None and not 0 <= args.label < config.num_classes:
         raise ValueError(f"--label {args.label}: this model has {config.num_classes} labels, from 0")
@@ -287,7 +289,7 @@ def main():
         ids, s, columns = [0] * n, mix(*map(end, args.mix), alpha, args.mix_method, g), n
 
     # making it, batch by batch; a run with the same settings goes on with what a killed one has left
-    skip, file = ("out", "batch_size", "device", "save_bank"), os.stat(args.ckpt)
+    skip, file = ("out", "batch_size", "device", "save_bank", "compile"), os.stat(args.ckpt)
     settings = {k: v for k, v in vars(args).items() if k not in skip}
     settings.update(ckpt=[os.path.abspath(args.ckpt), file.st_size, file.st_mtime_ns], id=bank and bank.id,
                     given=zlib.crc32(images))
