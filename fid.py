@@ -200,6 +200,8 @@ def main():
     parser.add_argument("--device", choices=devices, default=devices[0])
     args = parser.parse_args()
     need(args.batch_size > 0, f"--batch-size {args.batch_size} is not positive")
+    for path in filter(None, (args.json, args.save_stats)):
+        need(os.path.isdir(os.path.dirname(path) or ".") and not os.path.isdir(path), f"no place for {path}")
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device
     torch.backends.cudnn.allow_tf32 = False
     sets = [(path, *open_set(path)) for path in args.sets]
@@ -248,6 +250,8 @@ def main():
 if __name__ == "__main__":
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
     except (ValueError, OSError) as e:
         print(f"fid.py: error: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(2)

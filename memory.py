@@ -56,6 +56,7 @@ def within(low, high=float("inf"), kind=int):
         if not low <= kind(text) < high:
             raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high})")
         return kind(text)
+    number.__name__ = "whole number" if kind is int else "number"
     return number
 
 positive, fraction = within(1), within(0, 1, float)
@@ -100,8 +101,11 @@ def load_array(path):
         raise ValueError(f"{path} is not an .npy file of numbers, or damaged") from e
 
 def read_json(path):
-    with open(path) as f:
-        return json.load(f)
+    try:
+        with open(path) as f:
+            return json.load(f)
+    except ValueError as e:
+        raise ValueError(f"{path} is damaged: {e}") from e
 
 def write_json(path, value):
     with replacing(path) as tmp, open(tmp, "w") as f:
@@ -223,7 +227,7 @@ class MemoryBank:
     def save(self, path, overwrite=False):
         """One file, readable by torch.load(weights_only=True); ValueError where another bank would be lost"""
         if os.path.exists(path) and not overwrite and MemoryBank.load(path).id != self.id:
-            raise ValueError(f"{path} holds another bank: name another file, or give --overwrite")
+            raise ValueError(f"{path} holds another bank: name another file (memory.py also has --overwrite)")
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
         state = {k: torch.tensor(v) if isinstance(v, np.ndarray) else v for k, v in parts.items()}
         with replacing(path) as tmp:
@@ -408,7 +412,7 @@ def read_folder(src, skip_bad=False):
     """-> paths of the images in src, labels (N,), classes: the sub-folders; -1 and [] where there are none"""
     known = Image.registered_extensions()
     files = sorted(os.path.join(d, f) for d, _, fs in os.walk(src, followlinks=True) for f in fs
-                   if os.path.splitext(f)[1].lower() in known)
+                   if os.path.splitext(f)[1].lower() in known and "/." not in d.removeprefix(src))
     if not files:
         raise ValueError(f"no images in the folder {src}")
     top = {f: os.path.dirname(os.path.relpath(f, src)).split(os.sep)[0] for f in files}
@@ -469,6 +473,8 @@ class Images(torch.utils.data.Dataset):
         else:
             self.files = [src]
         self.labels = np.tile(labels, 1 + flip).astype(np.int64)
+        if self.files == [src]:
+            self[0]  # errors come now
 
     def __len__(self):
         return len(self.labels)
@@ -765,7 +771,7 @@ def main():
     add("--out")
     add("--info", metavar="BANK", help="print what this bank is, and nothing else")
     data_flags(add, 256)
-    add("--energy", type=float, help="as many directions as keep this part of the variance")
+    add("--energy", type=within(1e-6, 1, float), help="as many directions as keep this part of the variance")
     add("--dtype", choices=DTYPES, default="int8")
     add("--patches", action="store_true", help="a bank of the patch tokens too, for train.py --align")
     add("--overwrite", action="store_true", help="another bank in OUT may be lost")

@@ -257,7 +257,7 @@ def load_file(source, urls={}, keys=()):
         missing = [k for k in sorted(keys) if k not in whole]
     except urllib.error.URLError as e:
         raise ValueError(f"no download ({e.reason}): give the path of a copy of {urls[source]}") from e
-    except FileNotFoundError as e:
+    except (FileNotFoundError, IsADirectoryError) as e:
         raise ValueError(f"{source} is no file" + (urls and f", and none of {', '.join(urls)}" or "")) from e
     except Exception as e:  # of any type, where the bytes are none of torch's
         raise ValueError(f"{source} is damaged, or not written by torch.save ({type(e).__name__})") from e

@@ -228,7 +228,7 @@ def main():
     add("--method", choices=("euler", "heun", "sde-euler", "sde-heun"), default="heun")
     add("--steps", type=positive, default=25)
     add("--shift", type=within(0, kind=float), default=0.0, help="of the ODE's time grid")
-    add("--cfg", type=float, default=1.0, help="guidance; 1: none")
+    add("--cfg", type=within(-1e9, kind=float), default=1.0, help="guidance; 1: none")
     add("--cfg-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"))
     add("--mask", type=fraction, default=0.0, help="part of the snippet's entries set to 0")
     add("--label", type=int, help="the label of all images (models with labels)")
@@ -264,7 +264,7 @@ def main():
     model = torch.compile(model) if args.compile else model
     config, size = model.config, meta["settings"]["image_size"]
     if args.label is not None and not 0 <= args.label < config.num_classes:
-        raise ValueError(f"--label {args.label}: this model has {config.num_classes} labels, from 0")
+        raise ValueError(f"--label {args.label}: this model has {config.num_classes} labels, counted from 0")
     if modes and bank is None:
         raise ValueError(f"--{modes[0]}: this model has no memory")
 
@@ -275,9 +275,15 @@ def main():
     if args.add:  # a row for each image: its snippet, n noises
         images = given(args.add, meta)
         more = bank.extend(encode(images))
-        if args.save_bank and me == 0:
-            more.save(args.save_bank)
         ids, s, columns = [*ids] * len(images), more[len(bank):].repeat_interleave(n, 0), n + 1
+    if args.audit is not None:
+        data, others = load_array(os.path.join(os.path.dirname(path), "latents.npy")), None
+        if len(data) != len(bank):
+            raise ValueError(f"--audit needs the bank of training: {path} has {len(bank):,} rows, and beside "
+                             f"it are {len(data):,} latents")
+        if args.audit:
+            others = given([args.audit], meta)
+            others = encode_all(tokenizer.encode, others[::-(-len(others) // n)], device).numpy()
     if args.mix:  # one row: from a snippet to the other, one noise
         def end(text):
             if not text.lstrip("-").isdigit() or os.path.exists(text):
@@ -287,6 +293,12 @@ def main():
             return bank[int(text)].expand(n, -1)
         g, alpha = torch.Generator().manual_seed(args.seed), torch.linspace(0, 1, n)[:, None]
         ids, s, columns = [0] * n, mix(*map(end, args.mix), alpha, args.mix_method, g), n
+
+    if not out.endswith((".png", ".npz")) and os.path.exists(out) and (
+            not os.path.isdir(out) or len(os.listdir(out)) > len(ids) + len(images)):
+        raise ValueError(f"--out {out} is a file, or a folder with more files than there will be images")
+    if args.save_bank and me == 0:
+        more.save(args.save_bank)
 
     # making it, batch by batch; a run with the same settings goes on with what a killed one has left
     skip, file = ("out", "batch_size", "device", "save_bank", "compile"), os.stat(args.ckpt)
@@ -323,10 +335,6 @@ def main():
         made = np.hstack([images[:, None], made.reshape(-1, n, size, size, 3)]).reshape(-1, size, size, 3)
     if args.audit is not None:  # below the first images: those of their snippets, and the nearest ones
         own = draw(streams(ids, args.seed), torch.randint, len(bank), ()).numpy()
-        data, others = load_array(os.path.join(os.path.dirname(path), "latents.npy")), None
-        if args.audit:
-            others = given([args.audit], meta)
-            others = encode_all(tokenizer.encode, others[::-(-len(others) // n)], device).numpy()
         near = audit(torch.from_numpy(np.array(blocks.arrays["latents.npy"])), own, data, meta, others)
         known = scaled(np.concatenate([data[own[:16]], data[near[:16]]]), meta).to(device)
         made, columns = np.concatenate([made[:16], decode(known, meta, tokenizer)]), min(16, n)

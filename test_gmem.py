@@ -694,6 +694,7 @@ def test_killed_and_stopped_runs_end_as_if_nothing_had_happened():
     assert step < 80 and len(log("cut")) == step and not os.path.exists("one/samples.png")
     with open("cut/log.jsonl", "a") as f:
         f.write('{"step": 79}\n{"st')  # as left behind by a kill
+    os.remove("x.npz")  # what is prepared is enough
     run(command)
     same_run("one", "cut")
     assert {"samples.png", "samples-0000080.png"} <= {*os.listdir("cut")} and not [*Path("cut").glob("*.tmp")]
@@ -795,7 +796,8 @@ def test_external_and_internal_memory_and_audit():
     assert far[0] == 0 and (np.diff(far) > 0).all()  # one noise, from the one to the other
     ends = [generate(load_sit(ckpt), [0], steps=4, s=a) for a in (bank[[7]], F.normalize(s[1:2]))]
     assert np.abs(mixed[[0, -1]] - decode(torch.cat(ends), ckpt["meta"])).mean() < 1
-    out = run(f"{ask} --out audit.png --audit 1.png --num-images 20")
+    os.renames("1.png", "d/1.png")
+    out = run(f"{ask} --out audit.png --audit d --num-images 20", processes=2)
     own, near, _, held = (float(median[:5]) for median in re.findall(r"\w +median (.*)", out))
     data = (np.load("o/data/latents.npy").reshape(10400, -1) - 127.5) / 127.5
     d = np.sqrt(((data - (digits[1].transpose(2, 0, 1).reshape(-1) - 127.5) / 127.5) ** 2).mean(1))
@@ -849,26 +851,26 @@ BAD = {  # the beginning of a command -> its flags -> what the message holds
         "--model SiT-Q": "unknown model SiT-Q; known: SiT-T/4", "--lr nan": "--lr: nan is not in",
         "--image-size 0": "--image-size: 0 is not in [1, inf)", "--steps 9999": "--decay A B",
         "--data labels.npz": "labels int64 (3,) for 4 images", "--data empty": "no images",
-        "--data t.npz": "t.npz is not an .npz, or damaged", "--steps x": "--steps: invalid number value: 'x'",
+        "--data t.npz": "t.npz is not an .npz, or damaged", "--steps x": "invalid whole number value: 'x'",
         "--nonsense": "unrecognized arguments: --nonsense", "--batch-size -4": "--batch-size: -4 is not in",
-        "--resume": "ckpt.pt"},
+        "--resume": "ckpt.pt", "--data ok/data --rank 8": "was prepared with rank 64, not 8"},
     "memory.py --out out": {"--features f.npy": "holds no floats (N, D) but float32 (4, 8, 8, 3)",
         **{f"--features g.npy --rank {r}": f"rank {r} of the bank is not in 1 .. 70" for r in (-1, 0, 71)},
         "--data images": "class0/x.png, class1/cut.png, class1/none.jpg; --",
         "--data glyphs --encoder clip": "clip is no file, and none of",
         "--data glyphs --tokenizer vae": "vae is no file, and none of",
-        "--features g.npy --out bank.pt": "holds another bank",
+        "--features g.npy --out bank.pt": "holds another bank", "--energy 95": "--energy: 95 is not in",
         "--features nan.npy": "features 0 to 98 hold NaN", "--data 1.png --features g.npy": "70 rows for 1"},
     "memory.py": {"--info c.pt": "it lacks basis, coef", "--features g.npy": "give --out"},
     "sample.py": {"--ckpt c --shift 0.3 --method sde-heun": "--shift 0.3 is of",
         "--ckpt ok --out s.jpg": "neither a .png nor an .npz", "--ckpt c.pt": "a checkpoint of no SiT",
         "--ckpt y.pt": "unexpected keyword argument 'width'", "--ckpt nowhere.pt": "nowhere.pt",
-        "--ckpt x.pt": "x.pt is damaged"},
+        "--ckpt x.pt": "x.pt is damaged", "--ckpt ok --num-images 1 --out ok/data": "more files than there"},
     "sample.py --ckpt ok --out out": {"--mix 0 6": "--mix 6 is no file, and no row of 6 in the bank",
         "--bank another.pt": "snippets of another, the model was trained on thumbnail",
         "--label 1": "--label 1: this model has 0 labels", "--num-images 0": "--num-images: 0 is not in",
         "--bank bank.pt": "have 80 numbers, not 768", "--add images --audit": "exclude each other",
-        "--add empty": "no images", "--mix a.png 0": "a.png"}}
+        "--add empty": "no images", "--mix a.png 0": "a.png", "--cfg nan": "--cfg: nan is not in"}}
 
 def test_bad_input_is_one_line_and_exit_code_2():
     os.mkdir("empty")

@@ -68,7 +68,7 @@ def arguments():
     add("--micro-batch", type=positive, help=f"of one forward pass (None: the most to {MICRO})")
     add("--lr", type=within(0, kind=float), help="of AdamW")
     add("--warmup", type=within(0), help="steps of linear warm-up")
-    add("--decay", type=int, nargs=2, metavar=("A", "B"), help="where --lr falls to 0 (0 0: nowhere)")
+    add("--decay", type=within(0), nargs=2, metavar=("A", "B"), help="where --lr falls to 0 (0 0: nowhere)")
     add("--clip", type=within(0, kind=float), default=1.0, help="largest gradient norm")
     add("--ema", type=fraction, default=0.9999, help="at most; the ramp is (1 + step) / (10 + step)")
     add("--seed", type=within(0), default=0, help="of weights, order, noise, masks")
@@ -114,6 +114,8 @@ class Data:
         self.device, path = device, lambda name: os.path.join(folder, name)
         self.meta, self.bank = read_json(path("meta.json")), MemoryBank.load(path("bank.pt"))
         self.latents, labels = load_array(path("latents.npy")), load_array(path("labels.npy"))
+        if self.bank.id != self.meta["bank"] or not len(self.latents) == len(labels) == len(self.bank):
+            raise ValueError(f"{folder}: latents, labels and bank are not those of one preparation")
         self.sources, N = [self.latents, self.bank.coef, labels], len(self.latents)
         if patches:
             self.patches = MemoryBank.load(path("patches.pt"))
@@ -210,13 +212,19 @@ def main():
         folder = os.path.join(args.out, "data")
         if args.tokenizer == "pixel" and S % patch:
             raise ValueError(f"--image-size {S} is no multiple of {patch}, {args.model}'s patch")
-        prepare(args.data, folder, S, args.tokenizer, args.encoder, args.rank, flip=args.flip,
-                patches=args.align > 0, stats=args.latent_stats, skip_bad=args.skip_bad, device=device)
+        if not (ckpt and ckpt["args"]["data"] == args.data and os.path.exists(f"{folder}/meta.json")):
+            prepare(args.data, folder, S, args.tokenizer, args.encoder, args.rank, flip=args.flip,
+                    patches=args.align > 0, stats=args.latent_stats, skip_bad=args.skip_bad, device=device)
     data = Data(folder, args.seed, device, args.align > 0)
     meta, bank, N = data.meta, data.bank, len(data.latents)
     made, classes, (C, side, _) = meta["settings"], len(meta["classes"]), meta["latent"]
     tokenizer, tokens = load_tokenizer(made["tokenizer"], device), (side // patch) ** 2
-    vars(args).update({k: made[k] for k in ("image_size", "tokenizer", "encoder", "rank", "flip")})
+    said = {arg.split("=")[0].removeprefix("--no-").strip("-").replace("-", "_") for arg in sys.argv}
+    for k in ("image_size", "tokenizer", "encoder", "rank", "flip"):
+        v = getattr(args, k)
+        if k in said and made[k] not in (v, os.path.abspath(str(v))):
+            raise ValueError(f"{folder} was prepared with {k} {made[k]}, not {v}")
+        setattr(args, k, made[k])
     say(f"data: {N:,} of {meta['latent']}, {classes} classes, in {folder} "
         f"({', '.join(f'{k} {v}' for k, v in made.items())})\nbank: {bank}")
     if args.condition == "class" and not classes:
