@@ -278,9 +278,9 @@ def main():
         ids, s, columns = [*ids] * len(images), more[len(bank):].repeat_interleave(n, 0), n + 1
     if args.audit is not None:
         data, others = load_array(os.path.join(os.path.dirname(path), "latents.npy")), None
-        if len(data) != len(bank):
-            raise ValueError(f"--audit needs the bank of training: {path} has {len(bank):,} rows, and beside "
-                             f"it are {len(data):,} latents")
+        if data.shape != (len(bank), config.in_channels, *2 * [config.input_size]):
+            raise ValueError(f"--audit needs the bank of training, and its latents: beside {path}, of "
+                             f"{len(bank):,} rows, are latents {data.shape}")
         if args.audit:
             others = given([args.audit], meta)
             others = encode_all(tokenizer.encode, others[::-(-len(others) // n)], device).numpy()
