@@ -37,6 +37,7 @@ class SiTConfig:
     memory_dim: int = 0         # D of the snippets, 0: no memory
     memory_scale: float = 1.0   # what snippets are multiplied by (official: 1)
     memory_center: bool = False  # the network sees s - mean: masked entries are then the mean's, not zero
+    memory_tokens: bool = False  # each token, too, sees the snippet, by a matrix of its own (not official)
     num_classes: int = 0        # 0: no labels
     mask_ratio: float = 0.4     # part of a snippet that is zeroed in training (official GMem: 0.4)
     learn_sigma: bool = False   # twice the output channels, the second half unused (official SiT weights)
@@ -169,6 +170,8 @@ class SiT(nn.Module):
             self.y_embedder = nn.ModuleDict(dict(embedding_table=nn.Embedding(config.num_classes + 1, h)))
         if config.memory_dim:
             self.condition_projection = nn.ModuleDict(dict(linear=nn.Linear(config.memory_dim, h)))
+        if config.memory_dim and config.memory_tokens:
+            self.token_projection = nn.Linear(config.memory_dim, size * size * h)
         if config.memory_center:  # set before training
             self.register_buffer("memory_mean", torch.zeros(config.memory_dim))
         self.register_buffer("pos_embed", sincos_pos_embed(h, size)[None])
@@ -212,6 +215,8 @@ class SiT(nn.Module):
             c = c + self.y_embedder["embedding_table"](y)
         h, proj = F.pixel_unshuffle(x, p).flatten(2).mT, self.x_embedder["proj"]  # (B, T, C*p*p)
         h = F.linear(h, proj.weight.flatten(1), proj.bias) + self.pos_embed   # a convolution, but faster
+        if cfg.memory_dim and cfg.memory_tokens:
+            h = h + self.token_projection(s).view(h.shape)
         for i, block in enumerate(self.blocks, 1):
             h = block(h, c, self.feat_rope)
             if self.training and cfg.align_dim and i == cfg.align_depth:

@@ -106,7 +106,7 @@ def trained(tmp_path_factory):  # -> a folder: images/ of two classes, out/ of a
 # ----------------------------------------------------------------------------- model
 @pytest.mark.parametrize("switches", [
     {}, dict(swiglu=True), dict(rmsnorm=True), dict(predict_x=True), dict(rope=True), dict(qk_norm=True),
-    dict(learn_sigma=True), dict(num_classes=5), dict(memory_dim=12),
+    dict(learn_sigma=True), dict(num_classes=5), dict(memory_dim=12), dict(memory_dim=12, memory_tokens=True),
     dict(memory_dim=12, num_classes=5, align_dim=7, align_depth=1),
     dict(swiglu=True, rmsnorm=True, rope=True, qk_norm=True, zero_init=False, memory_dim=12)], ids=str)
 def test_every_switch_has_its_shape_and_gradients(switches):

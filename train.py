@@ -44,7 +44,7 @@ PRESETS = {  # imagenet256: configs/gmem_sde_{b,xl}.yaml of the official GMem, b
     "imagenet256-b": dict(OFFICIAL, model="LightningDiT-B/1", steps=80_000, save_every=20_000),
     "imagenet256-xl": OFFICIAL,
     "imagenet512-xl": dict(OFFICIAL, data="data/imagenet512", image_size=512)}
-FIXED = "preset image_size model condition batch_size seed mask scale align".split()  # in a resumed run
+FIXED = "preset image_size model condition batch_size seed mask scale memory_tokens align".split()  # resumed
 GIVE_UP = 50  # skipped steps in a row that end a run
 MICRO = 128   # images of one forward pass, at most, where nothing else is asked for
 
@@ -60,6 +60,7 @@ def arguments():
     add("--model", help=f"one of {', '.join(CONFIGS)}")
     add("--condition", choices=("memory", "class", "none"), default="memory", help="class, none: plain SiT")
     add("--scale", type=within(0, kind=float), help="of the snippets (None: centred, of norm sqrt(D))")
+    add("--memory-tokens", action="store_true", help="the snippet goes to each token, too (small models)")
     add("--mask", type=fraction, default=0.4, help="part of the snippet's entries set to zero")
     add("--align", type=within(0, kind=float), default=0.0, help="weight of REPA's loss; needs patches.pt")
     add("--drop", type=fraction, default=0.1, help="part of the images shown with the null condition")
@@ -240,7 +241,7 @@ def main():
         **CONFIGS[args.model], input_size=side, in_channels=C, mask_ratio=args.mask,
         align_dim=data.patches.dim if args.align else 0,
         memory_dim=bank.dim if args.condition == "memory" else 0, memory_scale=args.scale or 1 / spread,
-        memory_center=args.condition == "memory" and not args.scale,
+        memory_center=args.condition == "memory" and not args.scale, memory_tokens=args.memory_tokens,
         num_classes=classes if args.condition == "class" else 0)
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
