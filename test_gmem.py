@@ -599,8 +599,8 @@ def test_folder_to_samples(trained):  # prepared, trained on and sampled from by
     assert [entry["step"] for entry in log("out")] == [2, 4, 6] and np.isfinite(numbers("out")).all()
     assert Image.open("out/samples.png").size == (8 * 64, 8 * 64)
     ckpt = load("out/ckpt.pt")
-    made_by = dict(encoder="thumbnail", tokenizer="pixel", image_size=16)
-    assert made_by.items() <= ckpt["meta"]["settings"].items()
+    assert ckpt["ema"]["token_projection.weight"].shape == (2 * 2 * 256, 768)  # SiT-T's own default
+    assert {"encoder": "thumbnail", "tokenizer": "pixel"}.items() <= ckpt["meta"]["settings"].items()
     bank = MemoryBank.load(f"out/{ckpt['bank']['path']}")
     seen = (bank[:] - ckpt["ema"]["memory_mean"]) * ckpt["config"]["memory_scale"]
     assert ckpt["bank"]["id"] == bank.id and seen.mean(0).abs().max() < 1e-4

@@ -60,7 +60,8 @@ def arguments():
     add("--model", help=f"one of {', '.join(CONFIGS)}")
     add("--condition", choices=("memory", "class", "none"), default="memory", help="class, none: plain SiT")
     add("--scale", type=within(0, kind=float), help="of the snippets (None: centred, of norm sqrt(D))")
-    add("--memory-tokens", action="store_true", help="the snippet goes to each token, too (small models)")
+    add("--memory-tokens", action=argparse.BooleanOptionalAction,
+        help="the snippet enters at each token, too (None: in SiT-T)")
     add("--mask", type=fraction, default=0.4, help="part of the snippet's entries set to zero")
     add("--align", type=within(0, kind=float), default=0.0, help="weight of REPA's loss; needs patches.pt")
     add("--drop", type=fraction, default=0.1, help="part of the images shown with the null condition")
@@ -100,6 +101,7 @@ def arguments():
         raise ValueError(f"unknown model {args.model}; known: {', '.join(CONFIGS)}")
     if args.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise ValueError("--tensorboard needs a package: pip install tensorboard")
+    args.memory_tokens = "-T/" in args.model if args.memory_tokens is None else args.memory_tokens
     args.preview_every = args.save_every if args.preview_every is None else args.preview_every
     a, b = args.decay = args.decay or (0, 0)
     if b > 0 and (a >= b or b < args.steps):
