@@ -8,7 +8,7 @@ What is notable:
 - one class is SiT (arXiv 2401.08740) and LightningDiT (arXiv 2501.01423), by switches of `SiTConfig`
 - the network may predict x instead of v, for large patches (arXiv 2511.13720); what it returns is always v
 - the snippet, centred (unless the weights are official ones), enters through one linear layer, is added to
-  the time embedding, and reaches each block by adaLN
+  the time embedding, and reaches each block by adaLN; in small models another layer gives it to each token
 - the null snippet is zeros, the null label one more row of the table; training shows both, for guidance
 - parameters carry the names of the official code, so that official weights need no renaming
 - the tokenizers of latent diffusion, sd-vae-ft-ema and VA-VAE, are one class, at the end
@@ -263,7 +263,8 @@ def load_file(source, urls={}, keys=()):
     except urllib.error.URLError as e:
         raise ValueError(f"no download ({e.reason}): give the path of a copy of {urls[source]}") from e
     except (FileNotFoundError, IsADirectoryError) as e:
-        raise ValueError(f"{source} is no file" + (urls and f", and none of {', '.join(urls)}" or "")) from e
+        known = f", and none of {', '.join(urls)}" if urls else ": give the path of one"
+        raise ValueError(f"{source} is no file{known}") from e
     except Exception as e:  # of any type, where the bytes are none of torch's
         raise ValueError(f"{source} is damaged, or not written by torch.save ({type(e).__name__})") from e
     if missing:
