@@ -62,7 +62,8 @@ class SiTConfig:
             raise ValueError(f"align_depth {self.align_depth} is not one of the {self.depth} blocks")
 
 SIZES = {"T": (256, 4, 4), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
-FAMILIES = (("SiT", "T/4 T/8 T/16", dict(predict_x=True)), ("SiT", "S/2 B/2 L/2 XL/2", {}),
+FAMILIES = (("SiT", "T/4 T/8 T/16", dict(predict_x=True, memory_tokens=True)),
+            ("SiT", "S/2 B/2 L/2 XL/2", {}),
             ("LightningDiT", "S/1 B/1 B/2 L/2 XL/1 XL/2", dict(swiglu=True, rmsnorm=True, rope=True)))
 CONFIGS = {  # the sizes of the SiT and LightningDiT papers, and one for a CPU
     f"{family}-{n}/{p}": dict(zip(("hidden_size", "depth", "num_heads"), SIZES[n]), patch_size=int(p),

@@ -101,7 +101,8 @@ def arguments():
         raise ValueError(f"unknown model {args.model}; known: {', '.join(CONFIGS)}")
     if args.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise ValueError("--tensorboard needs a package: pip install tensorboard")
-    args.memory_tokens = "-T/" in args.model if args.memory_tokens is None else args.memory_tokens
+    if args.memory_tokens is None:
+        args.memory_tokens = CONFIGS[args.model].get("memory_tokens", False)
     args.preview_every = args.save_every if args.preview_every is None else args.preview_every
     a, b = args.decay = args.decay or (0, 0)
     if b > 0 and (a >= b or b < args.steps):
@@ -240,10 +241,10 @@ def main():
     some = bank[np.linspace(0, len(bank) - 1, min(len(bank), 10_000)).astype(int)]
     spread = (some - some.mean(0)).square().mean().sqrt().clamp_min(1e-6).item()
     config = SiTConfig(**ckpt["config"]) if ckpt else SiTConfig(
-        **CONFIGS[args.model], input_size=side, in_channels=C, mask_ratio=args.mask,
-        align_dim=data.patches.dim if args.align else 0,
+        **CONFIGS[args.model] | dict(memory_tokens=args.memory_tokens), input_size=side, in_channels=C,
+        mask_ratio=args.mask, align_dim=data.patches.dim if args.align else 0,
         memory_dim=bank.dim if args.condition == "memory" else 0, memory_scale=args.scale or 1 / spread,
-        memory_center=args.condition == "memory" and not args.scale, memory_tokens=args.memory_tokens,
+        memory_center=args.condition == "memory" and not args.scale,
         num_classes=classes if args.condition == "class" else 0)
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
