@@ -1,257 +1,712 @@
-"""
-FID, sFID, Inception Score, precision and recall as ADM's evaluator.py (openai/guided-diffusion) defines them.
+"""How far generated images are from real ones: FID, sFID, Inception Score, precision and recall as
+ADM's evaluator.py (openai/guided-diffusion) defines them, and KID.
 
-    FID        |mu - mu'|^2 + tr(S + S' - 2 (S S')^1/2)    of Inception's 2048 pooled features
-    sFID       the same of 7 channels of an inner layer at 17x17 places
-    IS         exp of the mean KL(p(y|x) | p(y)) within 5000 images, then the mean over such splits
-    precision  part of the samples within the 3-neighbour radius of some reference image; recall: the reverse
+    FID        |mu - mu'|^2 + tr(S + S' - 2 (S S')^1/2), of mean and covariance of pooled features
+    sFID       the same of 7 channels of an inner layer, at 17 x 17 places
+    IS         exp of the mean KL(p(y|x) | p(y)) within 5,000 images, averaged over such splits
+    precision  the part of the samples within the 3rd-neighbour radius of some reference image
+    recall     the part of the reference images within that radius of some sample
+    KID        E k(x, x') + E k(y, y') - 2 E k(x, y), k(x, y) = (x.y / D + 1)^3
 
-REF, SAMPLES: a folder of images; an .npz with arr_0, uint8 (N, H, W, 3), or mu, sigma, mu_s, sigma_s, or both
-as in ADM's reference batches: FID and sFID are then of these statistics, precision and recall of the images.
+    python fid.py REF SAMPLES
+
+Each is a folder of images; an .npz with arr_0, uint8 (N, H, W, 3); or an .npz of statistics: mu,
+sigma, mu_s, sigma_s. ADM's reference batches hold both: FID and sFID are then of the statistics,
+the rest is of the images.
 """
+
 import argparse
+import glob
+import io
 import json
 import os
+import re
 import sys
+import zipfile
+import zlib
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
 import torch
-import torch.nn as nn
+import torch.nn.functional as F
 from PIL import Image
 from scipy import linalg
+from torch import nn
 from tqdm import tqdm
 
-URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-       "pt_inception-2015-12-05-6726825d.pth")  # ends with the start of the file's SHA-256
-MISSING = f"Inception's weights ({URL}; give the file by --inception PATH, or try --inception random)"
-STATS = {"FID": ("", 0, 2048), "sFID": ("_s", 1, 2023), "FD-DINOv2": ("_d", 3, 1024)}  # mu.., output, D
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-POOL = ThreadPoolExecutor(8)  # decodes
 
-def need(condition, text):
-    if not condition:
-        raise ValueError(text)
+class InputError(ValueError):
+    """Something that was given cannot be used; the message says what, and what was expected."""
 
-@contextmanager
-def reading(name):  # whatever a library finds wrong with a file becomes one line that names it
+
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """Means (D,), covariances (D, D), arrays or tensors -> float (arXiv 1706.08500, eq. 6).
+
+    The covariances may be singular. InputError: statistics of different sizes.
+    """
+    mu1, sigma1, mu2, sigma2 = (
+        torch.as_tensor(x).cpu().double().numpy() for x in (mu1, sigma1, mu2, sigma2)
+    )
+    if len(mu1) != len(mu2):
+        raise InputError(
+            f"statistics of {len(mu1)} features and of {len(mu2)}: expected one network's"
+        )
     try:
-        yield
-    except Exception as e:
-        raise ValueError(f"{name} cannot be used: {type(e).__name__}, {str(e)[:150]}") from e
+        # With sigma2 = L L', the eigenvalues of sigma1 sigma2 are those of the symmetric L' sigma1
+        # L.
+        eigenvalues = linalg.eigvalsh(sigma1, sigma2, type=2, driver="gv")
+        roots = np.sqrt(eigenvalues.clip(0))
+    except linalg.LinAlgError:
+        # sigma2 is singular. With sigma = U' U, the roots are the singular values of U1 U2'.
+        roots = linalg.svdvals(cholesky_of_singular(sigma1) @ cholesky_of_singular(sigma2).T)
+    mean_term = np.square(mu1 - mu2).sum()
+    return float(mean_term + np.trace(sigma1) + np.trace(sigma2) - 2 * roots.sum())
 
-# ----------------------------------------------------------------------------- Inception
-A = "1x1=64.1.1 5x5=48.1.1,64.5.5 3x3dbl=64.1.1,96.3.3,96.3.3 mean={}.1.1"  # branches, each a chain of layers
-B = "3x3=384.3.3.2 3x3dbl=64.1.1,96.3.3,96.3.3.2 halve="  # 384 channels of 3x3, stride 2, no padding
-C = "1x1=192.1.1 7x7={0}.1.1,{0}.1.7,192.7.1 7x7dbl={0}.1.1,{0}.7.1,{0}.1.7,{0}.7.1,192.1.7 mean=192.1.1"
-D = "3x3=192.1.1,320.3.3.2 7x7x3=192.1.1,192.1.7,192.7.1,192.3.3.2 halve="
-E = "1x1=320.1.1 3x3=384.1.1,384.1.3+384.3.1 3x3dbl=448.1.1,384.3.3,384.1.3+384.3.1 {}=192.1.1"  # +: a fork
-STEM = "1a_3x3=32.3.3.2 2a_3x3=32.3.3.1 2b_3x3=64.3.3 halve= 3b_1x1=80.1.1 4a_3x3=192.3.3.1 halve="
-LAYERS = [("Conv2d_", text) for text in STEM.split()] + [(f"Mixed_{k}.branch", t.format(n)) for k, t, n in (
-    ("5b", A, 32), ("5c", A, 64), ("5d", A, 64), ("6a", B, 0), ("6b", C, 128), ("6c", C, 160), ("6d", C, 160),
-    ("6e", C, 192), ("7a", D, 0), ("7b", E, "mean"), ("7c", E, "max"))]
-POOLS = dict(mean=nn.AvgPool2d(3, 1, 1, False, False), max=nn.MaxPool2d(3, 1, 1), halve=nn.MaxPool2d(3, 2))
 
-def resize_tf1(x, size=299):
-    """float (B, C, H, W) -> (B, C, size, size), bilinear as TensorFlow 1: pixel i is taken at i * H / size"""
-    def weights(n):  # (size, n)
-        at = (torch.arange(size, device=x.device) * (n / size)).clamp_max(n - 1)
-        return (1 - (at[:, None] - torch.arange(n, device=x.device)).abs()).clamp_min(0)
-    return weights(x.shape[2]) @ x @ weights(x.shape[3]).T
+def cholesky_of_singular(sigma):
+    """(D, D) -> U (rank, D) with sigma = U' U. It pivots, so that zeros do not become noise."""
+    factor, pivot, rank, _ = linalg.lapack.dpstrf(sigma)
+    return np.triu(factor)[:rank, np.argsort(pivot)]
 
-class Inception(nn.Module):  # TensorFlow's of 2015, with the names of pytorch-fid's file
-    def conv(self, x, name, text):
-        if name not in self._modules:  # made in the first call; add_module would take no name with a dot
-            width, *size = map(int, text.split("."))
-            layer = self._modules[name] = nn.Sequential()
-            rest = size[2:] or (1, [n // 2 for n in size])  # stride, padding
-            layer.conv = nn.Conv2d(x.shape[1], width, size[:2], *rest, bias=False)
-            layer.bn = nn.BatchNorm2d(width, eps=1e-3).eval()
-            nn.init.kaiming_normal_(layer.conv.weight, nonlinearity="relu")
-        return torch.relu_(self._modules[name](x))
+
+def inception_score(logits, split=5000):
+    """Logits (N, classes), array or tensor -> float, 1 or more (arXiv 1606.03498)"""
+    scores = []
+    for part in torch.as_tensor(logits).cpu().double().split(split):
+        log_p = part.log_softmax(1)
+        log_marginal = log_p.logsumexp(0) - np.log(len(part))
+        divergence = (log_p.exp() * (log_p - log_marginal)).sum(1)
+        scores.append(divergence.mean().exp().item())
+    return float(np.mean(scores))
+
+
+def precision_recall(ref, gen, k=3):
+    """Features (N, D), (M, D), arrays or tensors -> two floats in [0, 1] (arXiv 1904.06991).
+
+    N and M are more than k; an image is not its own neighbour. Nothing is in float64, which Apple's
+    GPUs do not have.
+    """
+    ref = torch.as_tensor(ref).float()
+    center = ref.mean(0)  # smaller numbers round less
+    ref = ref - center
+    gen = torch.as_tensor(gen).float() - center
+    ref_radius = neighbour_distance(ref, k)
+    gen_radius = neighbour_distance(gen, k)
+
+    gen_inside = torch.zeros_like(gen_radius, dtype=torch.bool)
+    ref_inside = torch.zeros_like(ref_radius, dtype=torch.bool)
+    for rows, squared in squared_distances(ref, gen):
+        gen_inside |= (squared <= ref_radius[rows, None]).any(0)
+        ref_inside[rows] = (squared <= gen_radius).any(1)
+    return gen_inside.sum().item() / len(gen), ref_inside.sum().item() / len(ref)
+
+
+def neighbour_distance(x, k):
+    """(N, D) -> (N,), the squared distance of each row to its k-th neighbour; the nearest of all is
+    itself"""
+    blocks = squared_distances(x, x)
+    return torch.cat([squared.topk(k + 1, largest=False)[0][:, k] for _, squared in blocks])
+
+
+def squared_distances(a, b, block=2**26):
+    """(n, D), (m, D) -> for each block of rows of a: their slice, squared distances (rows, m)"""
+    b_norm = b.square().sum(1)
+    step = max(1, block // len(b))
+    for start in range(0, len(a), step):
+        rows = slice(start, start + step)
+        norm = a[rows].square().sum(1, keepdim=True)
+        squared = torch.addmm(b_norm, a[rows], b.T, alpha=-2) + norm
+        squared[squared < 1e-5 * norm] = 0  # the same image: what is left is rounding
+        yield rows, squared
+
+
+def kid(ref, gen):
+    """Features (N, D), (M, D), arrays or tensors, N and M > 1 -> float (arXiv 1801.01401, eq. 4).
+
+    The unbiased estimate from all rows at once; it may be negative."""
+    ref = torch.as_tensor(ref).float()
+    gen = torch.as_tensor(gen).float()
+    n, m = len(ref), len(gen)
+    ref_mean = kernel_sum(ref, ref) / (n * (n - 1))
+    gen_mean = kernel_sum(gen, gen) / (m * (m - 1))
+    return ref_mean + gen_mean - 2 * kernel_sum(ref, gen) / (n * m)
+
+
+def kernel_sum(a, b, block=2**24):
+    """(n, D), (m, D) -> the sum of k over all pairs; of one set, over pairs of different rows"""
+    total = 0.0
+    step = max(1, block // len(b))
+    for start in range(0, len(a), step):
+        values = (a[start : start + step] @ b.T / a.shape[1] + 1) ** 3
+        if a is b:
+            values.diagonal(start).zero_()
+        total += values.sum(1).cpu().double().sum().item()
+    return total
+
+
+# ---------------------------------------------------------- Inception, as TensorFlow had it in 2015
+# The figures are those of arXiv 1512.00567, the names those of pytorch-fid's weights file.
+
+INCEPTION_URL = (
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+    "pt_inception-2015-12-05-6726825d.pth"  # ends with the start of the file's SHA-256
+)
+average_pool = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
+max_pool = nn.MaxPool2d(3, stride=1, padding=1)
+halve = nn.MaxPool2d(3, stride=2)
+
+
+def conv_bn(in_channels, out_channels, kernel, stride=1, padding="same"):
+    layer = nn.Sequential()
+    layer.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, bias=False)
+    layer.bn = nn.BatchNorm2d(out_channels, eps=1e-3)
+    layer.relu = nn.ReLU(inplace=True)
+    nn.init.kaiming_normal_(layer.conv.weight, nonlinearity="relu")
+    return layer
+
+
+class Block(nn.Module):
+    """Layers, each (what it reads, width, kernel, stride, padding): x, which comes in, pool, which
+    is x pooled, or another layer. What none of them reads goes out, side by side."""
+
+    def __init__(self, channels, pool, **layers):
+        super().__init__()
+        self.pool = pool
+        self.sources = {}
+        widths = {"x": channels, "pool": channels}
+        for name, (source, width, *shape) in layers.items():
+            self.add_module(name, conv_bn(widths[source], width, *shape))
+            self.sources[name] = source
+            widths[name] = width
 
     def forward(self, x):
-        """uint8 (B, 3, H, W) -> pool (B, 2048), spatial (B, 2023), logits (B, 1008) without the bias"""
-        x = (resize_tf1(x.float()) - 128) / 128
-        for prefix, text in LAYERS:
-            out = []
-            for branch, chain in (part.split("=") for part in text.split()):
-                h = [POOLS[branch](x) if branch in POOLS else x]
-                for i, step in enumerate(filter(None, chain.split(",")), 1):
-                    name = prefix + ("_pool" if branch in POOLS else branch) + f"_{i}" * ("," in chain)
-                    h = [self.conv(h[0], name + k * ("+" in step), t) for k, t in zip("ab", step.split("+"))]
-                out += h
-            x = torch.cat(out, 1)
-            if "6d" in prefix:  # TensorFlow's mixed_6/conv, the 1x1 branch, channels last
-                spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)
-        return x.mean((2, 3)), spatial, x.mean((2, 3)) @ self.fc.weight.T
+        values = {"x": x, "pool": self.pool(x)}
+        for name, source in self.sources.items():
+            values[name] = self.get_submodule(name)(values[source])
+        read = self.sources.values()
+        return torch.cat([values[name] for name in [*self.sources, "pool"] if name not in read], 1)
 
-@torch.no_grad()
+
+def inception_a(channels, pool_width):
+    """Figure 5: 35 x 35"""
+    return Block(
+        channels,
+        average_pool,
+        branch1x1=("x", 64, 1),
+        branch5x5_1=("x", 48, 1),
+        branch5x5_2=("branch5x5_1", 64, 5),
+        branch3x3dbl_1=("x", 64, 1),
+        branch3x3dbl_2=("branch3x3dbl_1", 96, 3),
+        branch3x3dbl_3=("branch3x3dbl_2", 96, 3),
+        branch_pool=("pool", pool_width, 1),
+    )
+
+
+def inception_b(channels):
+    """Figure 10: from 35 x 35 to 17 x 17"""
+    return Block(
+        channels,
+        halve,
+        branch3x3=("x", 384, 3, 2, 0),
+        branch3x3dbl_1=("x", 64, 1),
+        branch3x3dbl_2=("branch3x3dbl_1", 96, 3),
+        branch3x3dbl_3=("branch3x3dbl_2", 96, 3, 2, 0),
+    )
+
+
+def inception_c(channels, width):
+    """Figure 6: 17 x 17"""
+    return Block(
+        channels,
+        average_pool,
+        branch1x1=("x", 192, 1),
+        branch7x7_1=("x", width, 1),
+        branch7x7_2=("branch7x7_1", width, (1, 7)),
+        branch7x7_3=("branch7x7_2", 192, (7, 1)),
+        branch7x7dbl_1=("x", width, 1),
+        branch7x7dbl_2=("branch7x7dbl_1", width, (7, 1)),
+        branch7x7dbl_3=("branch7x7dbl_2", width, (1, 7)),
+        branch7x7dbl_4=("branch7x7dbl_3", width, (7, 1)),
+        branch7x7dbl_5=("branch7x7dbl_4", 192, (1, 7)),
+        branch_pool=("pool", 192, 1),
+    )
+
+
+def inception_d(channels):
+    """As figure 10: from 17 x 17 to 8 x 8"""
+    return Block(
+        channels,
+        halve,
+        branch3x3_1=("x", 192, 1),
+        branch3x3_2=("branch3x3_1", 320, 3, 2, 0),
+        branch7x7x3_1=("x", 192, 1),
+        branch7x7x3_2=("branch7x7x3_1", 192, (1, 7)),
+        branch7x7x3_3=("branch7x7x3_2", 192, (7, 1)),
+        branch7x7x3_4=("branch7x7x3_3", 192, 3, 2, 0),
+    )
+
+
+def inception_e(channels, pool):
+    """Figure 7: 8 x 8"""
+    return Block(
+        channels,
+        pool,
+        branch1x1=("x", 320, 1),
+        branch3x3_1=("x", 384, 1),
+        branch3x3_2a=("branch3x3_1", 384, (1, 3)),
+        branch3x3_2b=("branch3x3_1", 384, (3, 1)),
+        branch3x3dbl_1=("x", 448, 1),
+        branch3x3dbl_2=("branch3x3dbl_1", 384, 3),
+        branch3x3dbl_3a=("branch3x3dbl_2", 384, (1, 3)),
+        branch3x3dbl_3b=("branch3x3dbl_2", 384, (3, 1)),
+        branch_pool=("pool", 192, 1),
+    )
+
+
+class Inception(nn.Module):
+    """Inception v3, its layers in the order in which they run"""
+
+    def __init__(self):
+        super().__init__()
+        self.Conv2d_1a_3x3 = conv_bn(3, 32, 3, stride=2, padding=0)
+        self.Conv2d_2a_3x3 = conv_bn(32, 32, 3, padding=0)
+        self.Conv2d_2b_3x3 = conv_bn(32, 64, 3)
+        self.Conv2d_3b_1x1 = conv_bn(64, 80, 1)
+        self.Conv2d_4a_3x3 = conv_bn(80, 192, 3, padding=0)
+        self.Mixed_5b = inception_a(192, 32)
+        self.Mixed_5c = inception_a(256, 64)
+        self.Mixed_5d = inception_a(288, 64)
+        self.Mixed_6a = inception_b(288)
+        self.Mixed_6b = inception_c(768, 128)
+        self.Mixed_6c = inception_c(768, 160)
+        self.Mixed_6d = inception_c(768, 160)
+        self.Mixed_6e = inception_c(768, 192)
+        self.Mixed_7a = inception_d(768)
+        self.Mixed_7b = inception_e(1280, average_pool)
+        self.Mixed_7c = inception_e(2048, max_pool)  # TensorFlow's, not the paper's
+        self.fc = nn.Linear(2048, 1008)
+
+    def forward(self, x):
+        """uint8 (B, 3, H, W) -> pool (B, 2048), spatial (B, 2023), logits (B, 1008) without the
+        bias"""
+        x = (resize_tf1(x.float()) - 128) / 128  # (B, 3, 299, 299)
+        for name, layer in self.named_children():
+            if name in ("Conv2d_3b_1x1", "Mixed_5b"):
+                x = halve(x)
+            if name != "fc":
+                x = layer(x)
+            if name == "Mixed_6d":  # 7 channels of its branch1x1, channels last: (B, 17 * 17 * 7)
+                spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)
+        pool = x.mean((2, 3))
+        return pool, spatial, pool @ self.fc.weight.T
+
+
+def resize_tf1(x, size=299):
+    """Float (B, C, H, W) -> (B, C, size, size), bilinear as TensorFlow 1: pixel i is taken at i H /
+    size"""
+    x = F.pad(x, (0, 1, 0, 1), mode="replicate")  # beyond the last pixel is the last pixel
+    x = F.interpolate(x, (size + 1, size + 1), mode="bilinear", align_corners=True)
+    return x[:, :, :size, :size]
+
+
 def load_inception(source=None):
-    """source: pytorch-fid's weights file or its state dict, None: downloaded, "random": of a fixed seed"""
+    """-> Inception in eval mode, without gradients. InputError where there are no such weights.
+
+    source  path of pytorch-fid's weights file, its state dict, None (downloaded), or "random" (of a
+            fixed seed)
+    """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        model = Inception().eval()
-        model.fc = nn.Linear(2048, 1008)
-        model(torch.zeros(1, 3, 8, 8))
+        model = Inception().eval().requires_grad_(False)
     if source != "random":
-        with reading("the state dict" if isinstance(source, dict) else source or MISSING):
+        with reading(f"the weights (--inception {source or 'PATH'}, of {INCEPTION_URL})"):
             if source is None:
-                source = torch.hub.load_state_dict_from_url(URL, check_hash=True, weights_only=True)
+                download = torch.hub.load_state_dict_from_url
+                source = download(INCEPTION_URL, check_hash=True, weights_only=True)
             elif not isinstance(source, dict):
                 source = torch.load(source, map_location="cpu", weights_only=True)
             missing = model.load_state_dict(dict(source), strict=False).missing_keys
-            need(not missing, f"{len(missing)} keys are missing, such as {missing[:1]}")
-    return model.requires_grad_(False).to(memory_format=torch.channels_last)
+            if missing:
+                raise InputError(f"{len(missing)} keys are missing, such as {missing[0]}")
+    return model.to(memory_format=torch.channels_last)
 
-# ----------------------------------------------------------------------------- the numbers
-def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """of two normal distributions: means (D,), covariances (D, D), which may be singular -> float"""
-    mu1, s1, mu2, s2 = (torch.as_tensor(x).double().cpu().numpy() for x in (mu1, sigma1, mu2, sigma2))
-    try:  # with s2 = L L', the eigenvalues of s1 s2 are those of the symmetric L' s1 L
-        roots = np.sqrt(linalg.eigvalsh(s1, s2, type=2, driver="gv").clip(0))
-    except linalg.LinAlgError:  # s2 is singular: U (rank, D) by pivoting, so that zeros do not round to noise
-        u1, u2 = (np.triu(u)[:r, np.argsort(pivot)] for u, pivot, r, _ in map(linalg.lapack.dpstrf, (s1, s2)))
-        roots = np.linalg.svd(u1 @ u2.T, compute_uv=False)
-    return float(np.square(mu1 - mu2).sum() + np.trace(s1) + np.trace(s2) - 2 * roots.sum())
 
-def inception_score(logits, split=5000):
-    """logits (N, classes) -> float"""
-    logs = (part.double().log_softmax(1) for part in torch.as_tensor(logits).split(split))
-    kl = [(p.exp() * (p - p.logsumexp(0) + np.log(len(p)))).sum(1).mean() for p in logs]
-    return float(np.exp(kl).mean())
+@contextmanager
+def reading(name):
+    """Whatever a library finds wrong with a file becomes one line that names it."""
+    try:
+        yield
+    except Exception as error:
+        message = f"{name} cannot be used: {type(error).__name__}, {str(error)[:150]}"
+        raise InputError(message) from error
 
-def distances(a, b, block=2 ** 26):  # (n, D), (m, D) -> squared, by blocks: (slice of rows of a, (rows, m))
-    square, step = b.square().sum(1), max(1, block // len(b))
-    for i in range(0, len(a), step):
-        norm = a[i:i + step].square().sum(1, keepdim=True)
-        d = torch.addmm(square, a[i:i + step], b.T, alpha=-2).add_(norm)
-        yield slice(i, i + step), d.masked_fill_(d < 1e-5 * norm, 0)  # rounding, where images are the same
 
-def precision_recall(ref, gen, k=3):
-    """features (N, D), (M, D), N and M > k, on any device -> two floats; an image is not its own neighbour"""
-    center = torch.as_tensor(ref).float().mean(0)  # smaller numbers round less
-    ref, gen = (torch.as_tensor(x).float() - center for x in (ref, gen))
-    r, g = (torch.cat([d.topk(k + 1, 1, False)[0][:, k] for _, d in distances(x, x)]) for x in (ref, gen))
-    inside, reached = zip(*(((d <= r[i, None]).any(0), (d <= g).any(1)) for i, d in distances(ref, gen)))
-    return torch.stack(inside).any(0).double().mean().item(), torch.cat(reached).double().mean().item()
+# ----------------------------------------------------------------------------------- other networks
 
-# ----------------------------------------------------------------------------- images in, numbers out
+
+def load_class_token(source, device):
+    """A DINOv2 (its name, or the path of its weights) -> uint8 (B, 3, H, W) to its class token [(B,
+    D)], as in EDM2"""
+    with reading(f"--network {source}"):
+        from model import load_dinov2
+
+        dino = load_dinov2(source).to(device)
+    mean = torch.tensor([123.675, 116.28, 103.53], device=device)[:, None, None]
+    std = torch.tensor([58.395, 57.12, 57.375], device=device)[:, None, None]
+
+    def class_token(x):
+        x = F.interpolate(x.float(), (224, 224), mode="bicubic", antialias=True)
+        return dino((x - mean) / std)[:1]
+
+    return class_token
+
+
+def load_program(path, device):
+    """A file of torch.export.save -> its program, uint8 (B, 3, H, W) to [(B, D)]"""
+    from torch.export.passes import move_to_device_pass  # slow to import
+
+    with reading(path):
+        exported = torch.export.load(harmless_copy(path))
+        program = move_to_device_pass(exported, device).module()
+        (argument,) = program.graph.find_nodes(op="placeholder")
+        expected = list(argument.meta["val"].shape)
+
+    def features(x):
+        for size, given in zip(expected, x.shape):
+            if isinstance(size, int) and size != given:
+                message = f"{path} takes images {expected}, not {list(x.shape)}"
+                raise InputError(f"{message}: resize them, or export it with a dynamic batch size")
+        with reading(path):
+            return [program(x)]
+
+    return features
+
+
+# torch.export.load unpickles parts of an archive, evaluates its expressions, and makes Python code
+# of its names.
+# So it gets a copy without the pickled parts, and each text in that has to match what is harmless
+# there.
+PARTS = (
+    r"[^/]+/(archive_format|archive_version|byteorder|\.data/\w+|models/\w+\.json"
+    r"|data/sample_inputs/\w+\.pt|data/(weights|constants)/(\w+\.json|(weight|tensor)_\d+))"
+)
+NAME = r"[\w.@+-]*"
+TREE = r'(\b(type|context|children_spec|null|builtins|tuple|list|dict|\d)\b|[][{}:,." ])*'
+OPERATOR = (
+    r"torch\.ops\.aten\.(?!save|from_file)\w+\.\w+|torch\.ops\.higher_order\.wrap_with_\w+"
+    r"|_operator\.(add|sub|mul|floordiv|mod|neg|getitem|eq|ne|ge|gt|le|lt)"
+)
+TEXTS = {
+    "use_pickle": "False",
+    "target": OPERATOR,
+    "as_operator": OPERATOR,
+    "in_spec": TREE,
+    "out_spec": TREE,
+    "as_string": r"[\w.,> -]*",
+    "expr_str": r"(\b(Symbol|Integer|Add|Mul|Pow|Max|Min|Mod|PythonMod|FloorDiv|positive|integer"
+    r"|nonnegative|True|[su]?\d+)\b|[-+*/(),=' ])*",
+}
+
+
+def harmless_copy(path):
+    """The archive at path -> a file in memory. InputError: it has what might run code when it is
+    loaded."""
+    copy = io.BytesIO()
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as clean:
+        for part in archive.namelist():
+            if not re.fullmatch(PARTS, part):
+                raise InputError(f"loading it might run code: it holds {part}")
+            data = archive.read(part)
+            if part.endswith(".json"):
+                data = json.dumps(harmless(json.loads(data)))
+            if part.endswith(".pt"):
+                data = b""  # the sample inputs, pickled, and not needed
+            clean.writestr(part, data)
+    copy.seek(0)
+    return copy
+
+
+def harmless(content, key=""):
+    """JSON -> the same without what only serves debugging"""
+    if key in ("metadata", "guards_code"):
+        return type(content)()
+    if isinstance(content, dict):
+        return {harmless(name): harmless(value, name) for name, value in content.items()}
+    if isinstance(content, list):
+        return [harmless(value, key) for value in content]
+    if not re.fullmatch(TEXTS.get(key, NAME), str(content), re.ASCII):
+        raise InputError(f"loading it might run code: {key} is {content}")
+    return content
+
+
+# -------------------------------------------------------------------------- images in, features out
+
+RANK = int(os.environ.get("RANK", "0"))
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))
+POOL = ThreadPoolExecutor(8)  # decodes
+ImageSet = namedtuple("ImageSet", "path count read stats")  # read(range) -> uint8 arrays (H, W, 3)
+SUFFIXES = ("", "_s")  # of mu and sigma: pooled features, and those of sFID
+
+
+def open_set(path):
+    """A folder of images, or an .npz of images, statistics or both -> ImageSet"""
+    with reading(path):
+        if os.path.isdir(path):
+            return open_folder(path)
+        return open_npz(path)
+
+
+def open_folder(path):
+    endings = tuple(Image.registered_extensions())
+    names = sorted(glob.glob(glob.escape(path) + "/**", recursive=True))
+    files = [name for name in names if name.lower().endswith(endings)]
+    if len(files) < 4:
+        raise InputError(f"it holds {len(files)} images, expected 4 or more")
+
+    def read(rows):
+        return list(POOL.map(decode, files[rows.start : rows.stop]))
+
+    return ImageSet(path, len(files), read, {})
+
+
 def decode(path):
     with reading(path), Image.open(path) as image:
         return np.array(image.convert("RGB"))
 
-def open_set(path):  # -> number of images, read(range) -> list of uint8 (H, W, 3), dict of statistics
-    with reading(path):
-        if os.path.isdir(path):
-            files = sorted(os.path.join(d, f) for d, _, fs in os.walk(path, followlinks=True) for f in fs
-                           if os.path.splitext(f)[1].lower() in Image.registered_extensions())
-            need(len(files) > 3, f"{len(files)} images, less than 4")
-            return len(files), lambda ids: list(POOL.map(decode, files[ids.start:ids.stop])), {}
-        npz = np.lib.npyio.NpzFile(path)
-        stats = {k: npz[k] for k in npz.files if k.split("_")[0] in ("mu", "sigma", "n", "weights")}
-        for end, _, size in STATS.values():
-            a, want = [stats[k + end] for k in ("mu", "sigma") if k + end in stats], [(size,), (size, size)]
-            need([v.shape for v in a] in ([], want) and np.isfinite([v.sum() for v in a]).all(),
-                 f"mu{end}, sigma{end} are not finite numbers {want}, but {[v.shape for v in a]}")
-        if stats and "arr_0" not in npz.files:
-            return 0, None, stats
-        stream = npz.zip.open("arr_0.npy")
-        header = getattr(np.lib.format, f"read_array_header_{np.lib.format.read_magic(stream)[0]}_0")
-        shape, fortran, dtype = header(stream)
-        need(dtype == np.uint8 and not fortran and len(shape) == 4 and shape[3] == 3 and shape[0] > 3,
-             f"arr_0 is {dtype} {shape}, not uint8 (N, H, W, 3), N > 3, in C order")
-        start, size = stream.tell(), int(np.prod(shape[1:]))
-    def read(ids):
-        with reading(path):  # only ever forward: a compressed one is a stream
-            stream.seek(start + ids.start * size)
-            return list(np.frombuffer(stream.read(len(ids) * size), np.uint8).reshape(len(ids), *shape[1:]))
-    return shape[0], read, stats
+
+def open_npz(path):
+    archive = np.lib.npyio.NpzFile(path)
+    names = ("mu", "sigma", "mu_s", "sigma_s", "n", "weights")
+    stats = {name: archive[name] for name in names if name in archive.files}
+    for suffix in SUFFIXES:
+        if "mu" + suffix in stats:
+            mu = stats["mu" + suffix]
+            sigma = stats["sigma" + suffix]
+            if sigma.shape != 2 * mu.shape or not np.isfinite(mu.sum() + sigma.sum()):
+                raise InputError(f"mu{suffix}, sigma{suffix}: not finite numbers (D,), (D, D)")
+    if stats and "arr_0" not in archive.files:
+        return ImageSet(path, 0, list, stats)
+
+    stream = archive.zip.open("arr_0.npy")  # the images are never all in memory
+    np.lib.format.read_magic(stream)
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    if dtype != np.uint8 or fortran or shape[3:] != (3,) or shape[0] < 4:
+        raise InputError(f"arr_0 is {dtype} {shape}, expected uint8 (N, H, W, 3), N > 3, C order")
+    start = stream.tell()
+    size = int(np.prod(shape[1:]))
+
+    def read(rows):
+        with reading(path):
+            stream.seek(start + rows.start * size)
+            data = stream.read(len(rows) * size)
+            return np.frombuffer(data, np.uint8).reshape(len(rows), *shape[1:])
+
+    return ImageSet(path, shape[0], read, stats)
+
 
 @torch.no_grad()
-def extract(name, n, read, net, batch_size):  # -> (n, D) of each output of net; rank 0 gets all the shares
-    out = [torch.zeros(n, v.shape[1]) for v in net(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))]
-    todo = [range(n)[i:i + batch_size] for i in range(0, n, batch_size)][RANK::WORLD] + [range(n, n)]
-    with tqdm(total=sum(map(len, todo)), desc=name, unit="img", disable=RANK > 0) as bar:
-        ahead = POOL.submit(read, todo[0])
-        for ids, later in zip(todo, todo[1:]):
-            batch, ahead = ahead.result(), POOL.submit(read, later)
-            for shape in {image.shape for image in batch}:
-                rows, images = zip(*((i, image) for i, image in zip(ids, batch) if image.shape == shape))
-                for a, v in zip(out, net(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))):
-                    a[list(rows)] = v.float().cpu()
-            bar.update(len(ids))
-    for a in out:
-        need(a.isfinite().all(), f"the features of {name} are not finite; are the weights?")
-        if WORLD > 1:
-            torch.distributed.reduce(a, 0)
-    return out
+def extract(images, network, device, batch_size):
+    """-> the outputs of the network, (N, D) each, float32, on the CPU; [] without images"""
+    first = images.count * RANK // WORLD
+    last = images.count * (RANK + 1) // WORLD
+    parts = []
+    with tqdm(total=last - first, desc=images.path, unit="img", disable=RANK > 0) as bar:
+        for batch in read_ahead(images.read, range(first, last), batch_size):
+            parts += run(network, batch, device)
+            bar.update(len(batch))
+    if WORLD > 1:
+        shares = [None] * WORLD
+        torch.distributed.all_gather_object(shares, parts)
+        parts = []
+        for share in shares:
+            parts += share
+    return [torch.cat(values) for values in zip(*parts)]
 
-def main():
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description="fid.py REF SAMPLES [options]")
-    parser.add_argument("sets", nargs=2, metavar="REF SAMPLES", help="each a folder of images or an .npz")
-    parser.add_argument("--inception", metavar="PATH", help="weights file (else downloaded), or random")
-    parser.add_argument("--dinov2", nargs="?", const="dinov2_vitl14", metavar="PATH", help="also FD-DINOv2")
-    parser.add_argument("--save-stats", metavar="F.npz", help="the statistics of REF, which can stand for it")
+
+def read_ahead(read, rows, batch_size):
+    """-> batches of images; each is read while the network has the one before"""
+    with ThreadPoolExecutor(1) as thread:
+        pending = thread.submit(read, rows[:batch_size])
+        for start in range(batch_size, len(rows) + batch_size, batch_size):
+            batch = pending.result()
+            pending = thread.submit(read, rows[start : start + batch_size])
+            yield batch
+
+
+def run(network, batch, device):
+    """uint8 arrays (H, W, 3) -> list of outputs, (b, D) each: images of one size go in together"""
+    if len({image.shape for image in batch}) > 1:
+        return [run(network, [image], device)[0] for image in batch]
+    x = torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)
+    outputs = [values.float().cpu() for values in network(x.to(device))]
+    if not all(values.isfinite().all() for values in outputs):
+        raise InputError("the features are not finite; are the weights?")
+    return [outputs]
+
+
+# -------------------------------------------------------------------------------------- numbers out
+
+
+def load_network(args):
+    """-> a function of uint8 (B, 3, H, W): outputs (B, D), the first of which are the features"""
+    if args.network is None:
+        return load_inception(args.inception).to(args.device)
+    if args.network.endswith(".pt2"):
+        return load_program(args.network, args.device)
+    return load_class_token(args.network, args.device)
+
+
+def network_name(args):
+    """Statistics are stored with it; those of one name are comparable."""
+    if args.inception == "random":
+        return "random"
+    if args.network is None:
+        return "inception-2015-12-05"
+    name = os.path.basename(args.network)
+    if os.path.isfile(args.network):
+        with open(args.network, "rb") as file:
+            name += f" {zlib.crc32(file.read()):08x}"
+    return name
+
+
+def check_network(images, name):
+    """Statistics of another network are left aside, where there are images, or an error."""
+    made_by = str(images.stats.setdefault("weights", "inception-2015-12-05"))
+    if made_by == name:
+        return
+    if images.count == 0:
+        raise InputError(f"the statistics in {images.path} are of {made_by}, not of {name}")
+    images.stats.clear()
+    images.stats["weights"] = name
+
+
+def add_statistics(images, outputs):
+    """Those that its file does not have, of outputs (N, D)"""
+    images.stats.setdefault("n", images.count)
+    for suffix, values in zip(SUFFIXES, outputs):
+        if "mu" + suffix not in images.stats:
+            images.stats["mu" + suffix] = values.mean(0, dtype=torch.float64).numpy()
+            images.stats["sigma" + suffix] = np.cov(values.T)
+
+
+def evaluate(ref, gen, ref_outputs, gen_outputs, distances, device):
+    """ImageSets and their outputs, [pool, spatial, logits], [features] or [] -> numbers by name.
+
+    The distances are named in the order of SUFFIXES. None: it takes images, there are statistics.
+    """
+    add_statistics(ref, ref_outputs)
+    add_statistics(gen, gen_outputs)
+    result = {
+        "weights": gen.stats["weights"],
+        "N_ref": int(ref.stats["n"]),
+        "N_samples": int(gen.stats["n"]),
+    }
+    for suffix, name in zip(SUFFIXES, distances):
+        mu = "mu" + suffix
+        sigma = "sigma" + suffix
+        if mu in ref.stats and mu in gen.stats:
+            result[name] = frechet_distance(
+                ref.stats[mu], ref.stats[sigma], gen.stats[mu], gen.stats[sigma]
+            )
+    if len(gen_outputs) == 3:
+        result["IS"] = inception_score(gen_outputs[2])
+    result.update(precision=None, recall=None, KID=None)
+    if ref_outputs and gen_outputs:
+        ref_pool = ref_outputs[0].to(device)
+        gen_pool = gen_outputs[0].to(device)
+        result["precision"], result["recall"] = precision_recall(ref_pool, gen_pool)
+        result["KID"] = kid(ref_pool, gen_pool)
+    return result
+
+
+def report(result):
+    note = ""
+    if result["weights"] == "random":
+        note = "  (random weights: comparable with nothing)"
+    for key, value in result.items():
+        if value is None:
+            value = "unknown: it takes images, there are only statistics"
+        print(f"{key}: {value}{note}")
+    if 0 < result["N_ref"] < 2048 or 0 < result["N_samples"] < 2048:
+        warning = "N < 2,048: the distances are biased, and the covariances singular where N < D"
+        print(f"fid.py: warning: {warning}{note}", file=sys.stderr)
+
+
+@contextmanager
+def atomic_write(path):
+    with open(path + ".tmp", "wb") as file:
+        yield file
+    os.replace(path + ".tmp", path)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message} (--help lists what there is)")
+
+
+def parse_arguments():
+    best = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    parser = Parser(usage="fid.py REF SAMPLES [options]")
+    parser.add_argument("sets", nargs=2, metavar="SET", help="a folder of images or an .npz")
+    networks = parser.add_mutually_exclusive_group()
+    networks.add_argument("--inception", help="its weights file (else downloaded), or random")
+    networks.add_argument("--network", help="another: dinov2_vitl14, its weights file, F.pt2")
+    parser.add_argument("--save-stats", metavar="F.npz", help="REF's statistics, to stand for it")
     parser.add_argument("--json", metavar="F", help="the numbers, for programs")
     parser.add_argument("--batch-size", type=int, default=64, help="of one process")
-    devices = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    parser.add_argument("--device", choices=devices, default=devices[0])
+    parser.add_argument("--device", choices={"cpu", best}, default=best)
     args = parser.parse_args()
-    need(args.batch_size > 0, f"--batch-size {args.batch_size} is not positive")
-    for path in filter(None, (args.json, args.save_stats)):
-        need(os.path.isdir(os.path.dirname(path) or ".") and not os.path.isdir(path), f"no place for {path}")
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device
+    if args.batch_size < 1:
+        raise InputError(f"--batch-size {args.batch_size}, expected 1 or more")
+    for path in (args.save_stats, args.json):
+        if path and not os.path.isdir(os.path.dirname(path) or "."):
+            raise InputError(f"there is no folder for {path}")
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return args
+
+
+def main():
+    args = parse_arguments()
+    name = network_name(args)
+    ref, gen = (open_set(path) for path in args.sets)
+    check_network(ref, name)
+    check_network(gen, name)
+
     torch.backends.cudnn.allow_tf32 = False
-    sets = [(path, *open_set(path)) for path in args.sets]
-    (_, n, _, ref), (_, m, _, gen) = sets
-    weights = "random" if args.inception == "random" else "inception-2015-12-05"
-    note = "  (random weights: comparable with nothing)" * (weights == "random")
-    same = all(s.setdefault("weights", weights) == weights for s in (ref, gen))
-    need(same, f"the statistics in {' or '.join(args.sets)} are not by {weights} weights")
     if WORLD > 1:
         torch.distributed.init_process_group("gloo")
-    nets = [load_inception(args.inception).to(device)] if n or m else []
-    if args.dinov2:  # resized and normalised as in EDM2
-        from memory import load_dinov2
-        resize = lambda x: nn.functional.interpolate(x, (224, 224), mode="bicubic", antialias=True)
-        mean, std = 255 * torch.tensor([[.485, .456, .406], [.229, .224, .225]])[..., None, None].to(device)
-        dino = load_dinov2(args.dinov2).to(device)
-        nets.append(lambda x: dino((resize(x.float()) - mean) / std)[:1])
-    net = lambda x: [v for f in nets for v in f(x.to(device))]
-    features = [extract(path, n, read, net, args.batch_size) if n else [] for path, n, read, _ in sets]
+    network = None
+    if ref.count or gen.count:
+        network = load_network(args)
+    ref_outputs = extract(ref, network, args.device, args.batch_size)
+    gen_outputs = extract(gen, network, args.device, args.batch_size)
     if WORLD > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-    if RANK:
+    if RANK > 0:
         return
-    result = dict(weights=weights, N_ref=int(ref.setdefault("n", n)), N_samples=int(gen.setdefault("n", m)))
-    for name, (end, i, _) in STATS.items():
-        for s, f in (ref, features[0]), (gen, features[1]):
-            if i < len(f) and "mu" + end not in s:
-                s["mu" + end], s["sigma" + end] = f[i].mean(0, dtype=torch.float64).numpy(), np.cov(f[i].T)
-        if "mu" + end in ref and "mu" + end in gen:
-            result[name] = frechet_distance(*(s[k + end] for s in (ref, gen) for k in ("mu", "sigma")))
-    result.update(IS=inception_score(features[1][2]) if m else None, precision=None, recall=None)
-    if n and m:
-        result["precision"], result["recall"] = precision_recall(*(f[0].to(device) for f in features))
-    for key, value in result.items():
-        print(f"{key}: {'not without images' if value is None else value}{note}")
-    if min(result["N_ref"] or 2048, result["N_samples"] or 2048) < 2048:
-        print(f"fid.py: warning: N < 2,048: singular covariances, biased FID and sFID{note}", file=sys.stderr)
-    for path, save in ((args.json, lambda f: f.write(json.dumps(result, indent=1).encode())),
-                       (args.save_stats, lambda f: np.savez(f, **ref))):
-        if path:
-            with open(path + ".tmp", "wb") as f:
-                save(f)
-            os.replace(path + ".tmp", path)
+
+    distances = ("FID", "sFID")
+    if args.network:
+        distances = ("FD",)
+    result = evaluate(ref, gen, ref_outputs, gen_outputs, distances, args.device)
+    report(result)
+    if args.json:
+        with atomic_write(args.json) as file:
+            file.write(json.dumps(result, indent=1).encode())
+    if args.save_stats:
+        with atomic_write(args.save_stats) as file:
+            np.savez(file, **ref.stats)
+
 
 if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
         sys.exit("interrupted")
-    except (ValueError, OSError) as e:
-        print(f"fid.py: error: {' '.join(str(e).split())}", file=sys.stderr)
+    except (InputError, OSError) as error:
+        print(f"fid.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -1,18 +1,27 @@
-"""The backbone of GMem (arXiv 2412.08781): a flow-matching transformer that is shown one memory snippet.
+"""The networks of GMem (arXiv 2412.08781): a flow-matching transformer that is shown one snippet.
 
-    x_t = (1 - t) z + t x          z ~ N(0, I), t from 0 (noise) to 1 (data)
-    v(x_t, t, s)  ->  x - z        s: the unit-norm snippet of x, a random part of its entries set to zero
+    x_t = (1 - t) z + t x          z ~ N(0, I), time t runs from noise (0) to data (1)
+    v(x_t, t, s)  ->  x - z        s: the unit-norm snippet of x, a random part of its entries zero
     loss = |v - (x - z)|^2 + 1 - cos(v, x - z)
 
+    ODE  dx = v dt
+    SDE  dx = (v + w (t v - x) / (1 - t)) dt + sqrt(2 w) dW
+         w(t) = 1 - t, and (t v - x) / (1 - t) is the score
+    guidance  v = v_null + cfg (v_s - v_null)                where LO <= t <= HI
+
 What is notable:
-- one class is SiT (arXiv 2401.08740) and LightningDiT (arXiv 2501.01423), by switches of `SiTConfig`
-- the network may predict x instead of v, for large patches (arXiv 2511.13720); what it returns is always v
-- the snippet, centred (unless the weights are official ones), enters through one linear layer, is added to
-  the time embedding, and reaches each block by adaLN; in small models another layer gives it to each token
-- the null snippet is zeros, the null label one more row of the table; training shows both, for guidance
+- one class is SiT (arXiv 2401.08740) and LightningDiT (arXiv 2501.01423), by switches of SiTConfig
+- the network may predict x instead of v, for large patches (arXiv 2511.13720); it returns v
+- the snippet enters through one linear layer, is added to the time embedding, and reaches each
+  block by adaLN; in the small models a second layer also gives it to each token
+- the null snippet is zeros, the null label one more row of the table; training shows both, so that
+  guidance is possible
 - parameters carry the names of the official code, so that official weights need no renaming
-- the tokenizers of latent diffusion, sd-vae-ft-ema and VA-VAE, are one class, at the end
-- nothing but torch is imported: this file can be copied into any other code"""
+- nothing but torch is imported: this file can be copied into any other code
+
+The core comes first: SiT, its loss, its samplers. Frozen networks made elsewhere come after it.
+"""
+
 import argparse
 import math
 import os
@@ -22,125 +31,230 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
+
+
+class InputError(ValueError):
+    """What a user gave cannot be used; the message says what was expected."""
+
+
+# ----------------------------------------------------------------------------------------- settings
+
 
 @dataclass
 class SiTConfig:
-    input_size: int = 32        # height and width of x, in latent pixels
+    """Everything that defines a network. InputError where the values do not go together."""
+
+    input_size: int = 32  # height and width of x, in latent pixels
     patch_size: int = 2
     in_channels: int = 4
     hidden_size: int = 384
     depth: int = 12
     num_heads: int = 6
     mlp_ratio: float = 4.0
-    memory_dim: int = 0         # D of the snippets, 0: no memory
-    memory_scale: float = 1.0   # what snippets are multiplied by (official: 1)
-    memory_center: bool = False  # the network sees s - mean: masked entries are then the mean's, not zero
-    memory_tokens: bool = False  # each token, too, sees the snippet, by a matrix of its own (not official)
-    num_classes: int = 0        # 0: no labels
-    mask_ratio: float = 0.4     # part of a snippet that is zeroed in training (official GMem: 0.4)
-    learn_sigma: bool = False   # twice the output channels, the second half unused (official SiT weights)
-    swiglu: bool = False        # the switches of LightningDiT
+    memory_dim: int = 0  # D of the snippets; 0: no memory
+    memory_scale: float = 1.0  # what snippets are multiplied by (official: 1)
+    # the network sees s - mean: masked entries are then the mean, not zero
+    memory_center: bool = False
+    # the snippet is also added to the tokens: D -> T*h, another map for each token (not official)
+    memory_tokens: bool = False
+    num_classes: int = 0  # 0: no labels
+    mask_ratio: float = 0.4  # part of a snippet set to zero in training (official GMem: 0.4)
+    learn_sigma: bool = False  # twice the output channels, half unused (official SiT weights)
+    swiglu: bool = False  # from here: the switches of LightningDiT
     rmsnorm: bool = False
     rope: bool = False
     qk_norm: bool = False
-    zero_init: bool = True      # adaLN-zero: every block starts as the identity, the output as zero
-    predict_x: bool = False     # the network gives x, and v = (x - x_t) / (1 - t): for patches wider than it
-    align_dim: int = 0          # REPA: width of the features that block `align_depth` is projected to, 0: off
+    zero_init: bool = True  # adaLN-zero: every block starts as the identity, the output as zero
+    # the network gives x, and v = (x - x_t) / (1 - t): for patches with more numbers than its width
+    predict_x: bool = False
+    align_dim: int = 0  # REPA: block align_depth is projected to features of this width; 0: off
     align_depth: int = 4
 
     def __post_init__(self):
-        for a, b in (("input_size", "patch_size"), ("hidden_size", "num_heads")):
-            if getattr(self, b) < 1 or getattr(self, a) % getattr(self, b):
-                raise ValueError(f"{a} {getattr(self, a)} is not a multiple of {b} {getattr(self, b)}")
-        if self.hidden_size % 4 or (self.rope and self.hidden_size // self.num_heads % 4):
-            raise ValueError(f"hidden_size {self.hidden_size} (with rope: a head's) does not divide by 4")
+        if self.patch_size < 1 or self.input_size % self.patch_size != 0:
+            raise InputError(
+                f"input_size {self.input_size}: not a multiple of patch_size {self.patch_size}"
+            )
+        if self.num_heads < 1 or self.hidden_size % self.num_heads != 0:
+            raise InputError(
+                f"hidden_size {self.hidden_size}: not a multiple of num_heads {self.num_heads}"
+            )
         if not 0 <= self.mask_ratio < 1:
-            raise ValueError(f"mask_ratio {self.mask_ratio} is not in [0, 1)")
+            raise InputError(f"mask_ratio {self.mask_ratio}: expected a part, in [0, 1)")
         if self.align_dim and not 1 <= self.align_depth <= self.depth:
-            raise ValueError(f"align_depth {self.align_depth} is not one of the {self.depth} blocks")
+            raise InputError(f"align_depth {self.align_depth}: not one of {self.depth} blocks")
 
-SIZES = {"T": (256, 4, 4), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
-FAMILIES = (("SiT", "T/4 T/8 T/16", dict(predict_x=True, memory_tokens=True)),
-            ("SiT", "S/2 B/2 L/2 XL/2", {}),
-            ("LightningDiT", "S/1 B/1 B/2 L/2 XL/1 XL/2", dict(swiglu=True, rmsnorm=True, rope=True)))
-CONFIGS = {  # the sizes of the SiT and LightningDiT papers, and one for a CPU
-    f"{family}-{n}/{p}": dict(zip(("hidden_size", "depth", "num_heads"), SIZES[n]), patch_size=int(p),
-                              **switches)
-    for family, names, switches in FAMILIES for n, p in (name.split("/") for name in names.split())}
+
+SMALL = {"predict_x": True, "memory_tokens": True}
+LIGHTNING = {"swiglu": True, "rmsnorm": True, "rope": True}
+
+
+def sizes(hidden_size, depth, num_heads, patch_size, **switches):
+    return {
+        "hidden_size": hidden_size,
+        "depth": depth,
+        "num_heads": num_heads,
+        "patch_size": patch_size,
+        **switches,
+    }
+
+
+# The sizes of the SiT and LightningDiT papers, and three for a CPU: width, blocks, heads, patch
+# size.
+CONFIGS = {
+    "SiT-T/4": sizes(256, 4, 4, 4, **SMALL),
+    "SiT-T/8": sizes(256, 4, 4, 8, **SMALL),
+    "SiT-T/16": sizes(256, 4, 4, 16, **SMALL),
+    "SiT-S/2": sizes(384, 12, 6, 2),
+    "SiT-B/2": sizes(768, 12, 12, 2),
+    "SiT-L/2": sizes(1024, 24, 16, 2),
+    "SiT-XL/2": sizes(1152, 28, 16, 2),
+    "LightningDiT-S/1": sizes(384, 12, 6, 1, **LIGHTNING),
+    "LightningDiT-B/1": sizes(768, 12, 12, 1, **LIGHTNING),
+    "LightningDiT-B/2": sizes(768, 12, 12, 2, **LIGHTNING),
+    "LightningDiT-L/2": sizes(1024, 24, 16, 2, **LIGHTNING),
+    "LightningDiT-XL/1": sizes(1152, 28, 16, 1, **LIGHTNING),
+    "LightningDiT-XL/2": sizes(1152, 28, 16, 2, **LIGHTNING),
+}
+
+# ---------------------------------------------------------------------------------- the transformer
+
+
+def named(**modules):
+    """A chain of modules with names: parameters then carry those of the official code."""
+    return nn.Sequential(OrderedDict(modules))
+
 
 def modulate(x, shift, scale):
+    """Tokens x (B, T, h), shift and scale (B, h)."""
     return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
 
-def sincos_pos_embed(dim, size):
-    """Fixed position table (size*size, dim): a quarter each of sin(x w), cos(x w), sin(y w), cos(y w)."""
-    w = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    y, x = torch.meshgrid(*2 * [torch.arange(size, dtype=torch.float64)], indexing="ij")
-    a, b = x.reshape(-1, 1) * w, y.reshape(-1, 1) * w
-    return torch.cat([a.sin(), a.cos(), b.sin(), b.cos()], dim=1).float()
 
-def time_features(t):
-    """t (B,) -> (B, 256): 128 each of cos(t w), sin(t w)"""
-    a = t[:, None].float() * torch.exp(-math.log(10000) / 128 * torch.arange(128, device=t.device))
-    return torch.cat([a.cos(), a.sin()], dim=1)
+def sincos_pos_embed(dim, size):
+    """Fixed position table (size*size, dim): a quarter each of sin(x w), cos(x w), sin(y w), cos(y
+    w)."""
+    w = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    position = torch.arange(size, dtype=torch.float64)
+    y, x = torch.meshgrid(position, position, indexing="ij")
+    x_angle = x.reshape(-1, 1) * w
+    y_angle = y.reshape(-1, 1) * w
+    return torch.cat([x_angle.sin(), x_angle.cos(), y_angle.sin(), y_angle.cos()], dim=1).float()
+
+
+def timestep_embedding(t):
+    """t (B,) -> (B, 256): 128 each of cos(t w), sin(t w)."""
+    w = torch.exp(-math.log(10000) / 128 * torch.arange(128, device=t.device))
+    angle = t[:, None].float() * w
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+class PatchEmbed(nn.Module):
+    """x (B, C, H, W) -> tokens (B, T, h): a convolution with stride p, as a matrix product, which
+    is faster."""
+
+    def __init__(self, config):
+        super().__init__()
+        p = config.patch_size
+        self.proj = nn.Conv2d(config.in_channels, config.hidden_size, p, stride=p)
+
+    def forward(self, x):
+        patches = F.pixel_unshuffle(x, self.proj.stride[0]).flatten(2).mT  # (B, T, C*p*p)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
 
 class Rope2d(nn.Module):
-    """Rotary embedding: the first half of a head by the token's row, the second by its column."""
+    """Rotary embedding: the first half of a head is turned by the token's row, the second by its
+    column."""
+
     def __init__(self, head_dim, size):
         super().__init__()
         w = 10000 ** -(torch.arange(0, head_dim // 2, 2).float() / (head_dim // 2))
-        a = torch.outer(torch.arange(size).float(), w).repeat_interleave(2, dim=1)  # (size, head_dim/2)
-        a = torch.cat([a.repeat_interleave(size, dim=0), a.repeat(size, 1)], dim=1)  # (size*size, head_dim)
-        self.register_buffer("freqs_cos", a.cos())
-        self.register_buffer("freqs_sin", a.sin())
+        angle = torch.outer(torch.arange(size).float(), w).repeat_interleave(
+            2, dim=1
+        )  # (size, head_dim/2)
+        row = angle.repeat_interleave(size, dim=0)
+        column = angle.repeat(size, 1)
+        angle = torch.cat([row, column], dim=1)  # (size*size, head_dim)
+        self.register_buffer("freqs_cos", angle.cos())
+        self.register_buffer("freqs_sin", angle.sin())
 
     def forward(self, q):
         a, b = q.unflatten(-1, (-1, 2)).unbind(-1)
-        return q * self.freqs_cos + torch.stack([-b, a], dim=-1).flatten(-2) * self.freqs_sin
+        turned = torch.stack([-b, a], dim=-1).flatten(-2)
+        return q * self.freqs_cos + turned * self.freqs_sin
+
 
 class Attention(nn.Module):
-    def __init__(self, config):
+    """Multi-head self-attention; norm: what makes the norms of queries and keys."""
+
+    def __init__(self, width, num_heads, norm=nn.Identity):
         super().__init__()
-        h, d, self.num_heads = config.hidden_size, config.hidden_size // config.num_heads, config.num_heads
-        self.qkv, self.proj = nn.Linear(h, 3 * h), nn.Linear(h, h)
-        norm, eps = (nn.RMSNorm, 1e-6) if config.rmsnorm else (nn.LayerNorm, 1e-5)
-        self.q_norm, self.k_norm = (norm(d, eps=eps) if config.qk_norm else nn.Identity() for _ in "qk")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.q_norm = norm(width // num_heads)
+        self.k_norm = norm(width // num_heads)
 
     def forward(self, x, rope=None):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, n, T, d)
-        q, k = self.q_norm(q), self.k_norm(k)
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, T, 3, heads, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, T, d) each
+        q = self.q_norm(q)
+        k = self.k_norm(k)
         if rope is not None:
-            q, k = rope(q).type_as(v), rope(k).type_as(v)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+            q = rope(q).type_as(v)
+            k = rope(k).type_as(v)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).flatten(2))
 
-class Mlp(nn.Module):
-    def __init__(self, config):
+
+class SwiGLU(nn.Module):
+    def __init__(self, width, inner):
         super().__init__()
-        h, self.swiglu = config.hidden_size, config.swiglu
-        inner = int(h * config.mlp_ratio)
-        if self.swiglu:
-            inner = int(2 / 3 * inner)
-            self.w12, self.w3 = nn.Linear(h, 2 * inner), nn.Linear(inner, h)
-        else:
-            self.fc1, self.fc2 = nn.Linear(h, inner), nn.Linear(inner, h)
+        self.w12 = nn.Linear(width, 2 * inner)
+        self.w3 = nn.Linear(inner, width)
 
     def forward(self, x):
-        if self.swiglu:
-            a, b = self.w12(x).chunk(2, dim=-1)
-            return self.w3(F.silu(a) * b)
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+def mlp(config):
+    width = config.hidden_size
+    inner = int(width * config.mlp_ratio)
+    if config.swiglu:
+        return SwiGLU(width, int(2 / 3 * inner))
+    gelu = nn.GELU(approximate="tanh")
+    return named(fc1=nn.Linear(width, inner), act=gelu, fc2=nn.Linear(inner, width))
+
 
 def block_norm(config):
-    norm, affine = (nn.RMSNorm, True) if config.rmsnorm else (nn.LayerNorm, False)
-    return norm(config.hidden_size, eps=1e-6, elementwise_affine=affine)
+    if config.rmsnorm:
+        return nn.RMSNorm(config.hidden_size, eps=1e-6)
+    return nn.LayerNorm(config.hidden_size, eps=1e-6, elementwise_affine=False)
+
+
+def head_norm(config):
+    """The class of the norm of queries and keys."""
+    if not config.qk_norm:
+        return nn.Identity
+    if config.rmsnorm:
+        return lambda width: nn.RMSNorm(width, eps=1e-6)
+    return nn.LayerNorm
+
 
 class Block(nn.Module):
+    """Attention and MLP, each with a shift, a scale and a gate that come from the condition c
+    (adaLN)."""
+
     def __init__(self, config):
         super().__init__()
         h = config.hidden_size
-        self.norm1, self.norm2 = block_norm(config), block_norm(config)
-        self.attn, self.mlp = Attention(config), Mlp(config)
+        self.norm1 = block_norm(config)
+        self.attn = Attention(h, config.num_heads, head_norm(config))
+        self.norm2 = block_norm(config)
+        self.mlp = mlp(config)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(h, 6 * h))
 
     def forward(self, x, c, rope=None):
@@ -148,283 +262,678 @@ class Block(nn.Module):
         x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1), rope)
         return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
+
 class FinalLayer(nn.Module):
     def __init__(self, config):
         super().__init__()
-        h, channels = config.hidden_size, config.in_channels * (2 if config.learn_sigma else 1)
-        self.norm_final, self.linear = block_norm(config), nn.Linear(h, config.patch_size ** 2 * channels)
+        h = config.hidden_size
+        channels = config.in_channels
+        if config.learn_sigma:
+            channels = 2 * channels
+        self.norm_final = block_norm(config)
+        self.linear = nn.Linear(h, config.patch_size**2 * channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(h, 2 * h))
 
     def forward(self, x, c):
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
+
+def alignment_projector(width, align_dim):
+    """Three layers, as in REPA (arXiv 2410.06940)."""
+    return nn.Sequential(
+        nn.Linear(width, 2048),
+        nn.SiLU(),
+        nn.Linear(2048, 2048),
+        nn.SiLU(),
+        nn.Linear(2048, align_dim),
+    )
+
+
 class SiT(nn.Module):
+    """v(x_t, t, s): see forward. memory_mean, the mean of the snippets, has to be set before
+    training."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config
-        h, p, size = config.hidden_size, config.patch_size, config.input_size // config.patch_size
-        self.x_embedder = nn.ModuleDict(dict(proj=nn.Conv2d(config.in_channels, h, p, stride=p)))
-        self.t_embedder = nn.ModuleDict(dict(mlp=nn.Sequential(
-            nn.Linear(256, h), nn.SiLU(), nn.Linear(h, h))))
+        h = config.hidden_size
+        size = config.input_size // config.patch_size  # tokens in a row
+        self.x_embedder = PatchEmbed(config)
+        self.t_embedder = named(mlp=nn.Sequential(nn.Linear(256, h), nn.SiLU(), nn.Linear(h, h)))
         if config.num_classes:  # the last row is the null label
-            self.y_embedder = nn.ModuleDict(dict(embedding_table=nn.Embedding(config.num_classes + 1, h)))
+            self.y_embedder = named(embedding_table=nn.Embedding(config.num_classes + 1, h))
         if config.memory_dim:
-            self.condition_projection = nn.ModuleDict(dict(linear=nn.Linear(config.memory_dim, h)))
+            self.condition_projection = named(linear=nn.Linear(config.memory_dim, h))
         if config.memory_dim and config.memory_tokens:
             self.token_projection = nn.Linear(config.memory_dim, size * size * h)
-        if config.memory_center:  # set before training
+        if config.memory_center:
             self.register_buffer("memory_mean", torch.zeros(config.memory_dim))
         self.register_buffer("pos_embed", sincos_pos_embed(h, size)[None])
         self.feat_rope = Rope2d(h // config.num_heads, size) if config.rope else None
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
         if config.align_dim:
-            self.projector = nn.ModuleList([nn.Sequential(
-                nn.Linear(h, 2048), nn.SiLU(), nn.Linear(2048, 2048), nn.SiLU(),
-                nn.Linear(2048, config.align_dim))])
+            self.projector = nn.ModuleList([alignment_projector(h, config.align_dim)])
         self.final_layer = FinalLayer(config)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """Xavier uniform, patch embedding flattened; time embedding, label table: normal, std 0.02; adaLN and
-        final_layer.linear: 0 (with zero_init off Xavier, as in GMem's code); biases: 0"""
-        for m in self.modules():
-            if isinstance(m, (nn.Linear, nn.Conv2d)):
-                nn.init.xavier_uniform_(m.weight.flatten(1))
-                m.bias.zero_()
-        for name, w in self.named_parameters():
-            if name.startswith(("t_embedder", "y_embedder")) and w.ndim == 2:
-                nn.init.normal_(w, std=0.02)
+        """linear layers, patch embedding (flattened)    Xavier uniform, bias 0
+        t_embedder, y_embedder                        normal, std 0.02
+        adaLN, final_layer.linear                     0 (without zero_init: as others, as in GMem)
+        """
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                module.bias.zero_()
+        for name, weight in self.named_parameters():
+            if name.startswith(("t_embedder", "y_embedder")) and weight.ndim == 2:
+                nn.init.normal_(weight, std=0.02)
             if self.config.zero_init and ("adaLN" in name or name.startswith("final_layer.linear")):
-                w.zero_()
+                weight.zero_()
+
+    def shown_snippets(self, s):
+        """What the network sees of snippets (B, D): centred, scaled, in training masked; zeros stay
+        zeros."""
+        if self.config.memory_center:
+            s = (s - self.memory_mean) * s.any(dim=1, keepdim=True)
+        return F.dropout(self.config.memory_scale * s, self.config.mask_ratio, self.training)
+
+    def unpatchify(self, tokens):
+        """(B, T, p*p*channels) -> (B, C, H, W), without the unused channels of learn_sigma."""
+        p = self.config.patch_size
+        n = self.config.input_size // p
+        x = tokens.reshape(len(tokens), n, n, p, p, -1)[..., : self.config.in_channels]
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), -1, n * p, n * p)
 
     def forward(self, x, t, s=None, y=None):
-        """x: (B, C, H, W); t: (B,) in [0, 1]; s: (B, D) unit-norm snippets, None: the null snippet, zeros;
-        y: (B,) labels, None: the null label, index num_classes
-        -> velocity (B, C, H, W); in training with align_dim, also the projected tokens (B, T, align_dim)"""
-        cfg, B, p = self.config, len(x), self.config.patch_size
-        c = self.t_embedder["mlp"](time_features(t).type_as(self.pos_embed))  # (B, h)
-        if cfg.memory_dim:
-            s = x.new_zeros(B, cfg.memory_dim) if s is None else s
-            if cfg.memory_center:  # and zeros stay zeros
-                s = (s - self.memory_mean) * s.any(1, keepdim=True)
-            s = F.dropout(cfg.memory_scale * s, cfg.mask_ratio, self.training)
-            c = c + self.condition_projection["linear"](s)
-        if cfg.num_classes:
-            y = x.new_full((B,), cfg.num_classes, dtype=torch.long) if y is None else y
-            c = c + self.y_embedder["embedding_table"](y)
-        h, proj = F.pixel_unshuffle(x, p).flatten(2).mT, self.x_embedder["proj"]  # (B, T, C*p*p)
-        h = F.linear(h, proj.weight.flatten(1), proj.bias) + self.pos_embed   # a convolution, but faster
-        if cfg.memory_dim and cfg.memory_tokens:
-            h = h + self.token_projection(s).view(h.shape)
-        for i, block in enumerate(self.blocks, 1):
-            h = block(h, c, self.feat_rope)
-            if self.training and cfg.align_dim and i == cfg.align_depth:
-                tokens = self.projector[0](h)
-        n = cfg.input_size // p
-        v = self.final_layer(h, c).reshape(B, n, n, p, p, -1)[..., :cfg.in_channels]
-        v = v.permute(0, 5, 1, 3, 2, 4).reshape(x.shape)
-        if cfg.predict_x:
-            v = (v - x) / (1 - t[:, None, None, None]).clamp_min(0.05)        # bounded as in that paper
-        return (v, tokens) if self.training and cfg.align_dim else v
+        """-> velocity (B, C, H, W); in training with align_dim, also tokens (B, T, align_dim).
 
-def flow_loss(model, x, s=None, y=None, drop=0.1, uniform_t=False, targets=None, align=0.0):
-    """The training loss of one batch (module docstring); every draw comes from torch's default generator.
-    x: (B, C, H, W) data; s: (B, D); y: (B,), -1: without a label; drop: part of the images that see the null
-    condition; targets: (B, T, align_dim) features to align with (REPA), weighted by align -> scalar"""
+        x  (B, C, H, W)
+        t  (B,) in [0, 1]
+        s  (B, D) unit-norm snippets; None: the null snippet, zeros; ignored without memory
+        y  (B,) labels; None: the null label, index num_classes; ignored without labels
+        """
+        config = self.config
+        c = self.t_embedder(timestep_embedding(t).type_as(self.pos_embed))  # (B, h)
+        h = self.x_embedder(x) + self.pos_embed  # (B, T, h)
+        if config.memory_dim:
+            if s is None:
+                s = x.new_zeros(len(x), config.memory_dim)
+            s = self.shown_snippets(s)
+            c = c + self.condition_projection(s)
+            if config.memory_tokens:
+                h = h + self.token_projection(s).view(h.shape)
+        if config.num_classes:
+            if y is None:
+                y = torch.full((len(x),), config.num_classes, device=x.device)
+            c = c + self.y_embedder(y)
+
+        projected = None
+        for i, block in enumerate(self.blocks, start=1):
+            h = block(h, c, self.feat_rope)
+            if self.training and config.align_dim and i == config.align_depth:
+                projected = self.projector[0](h)
+
+        out = self.unpatchify(self.final_layer(h, c))
+        v = out
+        if config.predict_x:
+            v = (out - x) / (1 - t[:, None, None, None]).clamp_min(
+                0.05
+            )  # bounded, as in arXiv 2511.13720
+        return v if projected is None else (v, projected)
+
+
+# ----------------------------------------------------------------------------------------- the loss
+
+
+def cosine(v, u):
+    """Cosine over channels, (B, C, H, W) -> (B, H, W).
+
+    Its gradient is 1 / |v|, without bound for a network that starts at v = 0; so |v| counts as at
+    least 0.1. Written out, because F.cosine_similarity takes a quarter of a step on a CPU.
+    """
+    v_square = v.square().sum(1).clamp_min(1e-2)
+    u_square = u.square().sum(1).clamp_min(1e-8)
+    return (v * u).sum(1) * (v_square * u_square).rsqrt()
+
+
+def flow_loss(model, x, s=None, y=None, cond_drop_prob=0.1, targets=None, align=0.0):
+    """The training loss of one batch (see the head of this file), a scalar; t is logit-normal.
+
+    x               (B, C, H, W) data
+    s               (B, D) snippets
+    y               (B,) labels, -1 where there is none
+    cond_drop_prob  part of the images that are shown with the null condition
+    targets         (B, T, align_dim) features that the projected tokens are aligned with (REPA)
+    align           weight of that
+    All draws are from torch's default generator: t, z, and which images to drop, in this order.
+    """
     B = len(x)
-    t = torch.rand(B, device=x.device) if uniform_t else torch.randn(B, device=x.device).sigmoid()
-    z, keep = torch.randn_like(x), torch.rand(B, device=x.device) >= drop
-    s = None if s is None else s * keep[:, None]
+    t = torch.randn(B, device=x.device).sigmoid()
+    z = torch.randn_like(x)
+    keep = torch.rand(B, device=x.device) >= cond_drop_prob
+    if s is not None:
+        s = s * keep[:, None]
     if y is not None:
-        y = torch.where(keep & (y >= 0), y, getattr(model, "module", model).config.num_classes)
-    u, v = x - z, model(torch.lerp(z, x, t[:, None, None, None]), t, s, y)
-    v, tokens = (v[0].float(), v[1]) if isinstance(v, tuple) else (v.float(), None)
-    # written out, because F.cosine_similarity over channels takes a quarter of a step on a CPU
-    cos = (v * u).sum(1) * (v.square().sum(1) * u.square().sum(1)).clamp_min(1e-8).rsqrt()
-    loss = F.mse_loss(v, u) + 1 - cos.mean()
+        null_label = getattr(model, "module", model).config.num_classes  # module: inside of DDP
+        y = torch.where(keep & (y >= 0), y, null_label)
+
+    x_t = torch.lerp(z, x, t[:, None, None, None])
+    u = x - z
+    v = model(x_t, t, s, y)
+    projected = None
+    if isinstance(v, tuple):
+        v, projected = v
+    v = v.float()
+    loss = F.mse_loss(v, u) + 1 - cosine(v, u).mean()
     if targets is not None:
-        loss = loss - align * F.cosine_similarity(tokens.float(), targets, dim=-1).mean()
+        loss = loss - align * F.cosine_similarity(projected.float(), targets, dim=-1).mean()
     return loss
 
-# ----------------------------------------------------------------------------- weights made elsewhere
 
-def load_file(source, urls={}, keys=()):
-    """source: the path of a file that torch.save wrote, or a name in urls (-> URL), downloaded once; keys:
-    what has to be in it -> what it holds, mapped into memory. ValueError where that is not to be had."""
-    options = dict(map_location="cpu", weights_only=True)
+# ------------------------------------------------------------------------------------- the samplers
+
+
+def check_method(method):
+    if method not in ("euler", "heun"):
+        raise InputError(f"unknown method {method}; known: euler, heun")
+
+
+def at_time(v, x, t):
+    """v(x, t) for a t that is one number for all of the batch."""
+    return v(x, x.new_full((len(x),), t))
+
+
+def ode(v, z, steps, method="heun", shift=0.0):
+    """From noise z (B, ...) to data, by v(x, t) -> velocity, t (B,). Returns x at t = 1.
+
+    method  "euler" (order 1), or "heun" (order 2; its last step is an Euler step, because no
+            network has learned what to do at t = 1); InputError, a ValueError, for others
+    shift   s > 0 maps the times by t -> s t / (1 + (s-1) t); s < 1 puts more steps near the noise
+    """
+    check_method(method)
+    times = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    if shift > 0:
+        times = shift * times / (1 + (shift - 1) * times)
+    times = times.tolist()
+
+    x = z
+    for i in range(steps):
+        dt = times[i + 1] - times[i]
+        k = at_time(v, x, times[i])
+        if method == "heun" and i + 1 < steps:
+            k = (k + at_time(v, x + dt * k, times[i + 1])) / 2
+        x = x + dt * k
+    return x
+
+
+def sde(v, z, steps, method="heun", noise=torch.randn_like, diffusion=1.0, last_step=0.004):
+    """As ode, with noise of strength w(t) = diffusion (1 - t).
+
+    method     "euler" (Euler-Maruyama) or "heun"
+    noise      noise(x) -> standard normal numbers of x's shape
+    last_step  the size of the last step, which has no noise ("mean")
+    The defaults are the official GMem's, whose num_steps are points: one more than these steps.
+    """
+    check_method(method)
+
+    def drift(x, t):
+        velocity = at_time(v, x, t)
+        return velocity + diffusion * (t * velocity - x)
+
+    x = z
+    dt = (1 - last_step) / steps
+    for i in range(steps):
+        t = i * dt
+        dw = math.sqrt(2 * diffusion * (1 - t) * dt) * noise(x)
+        if method == "euler":
+            x = x + dt * drift(x, t) + dw
+        else:
+            x = x + dw
+            k = drift(x, t)
+            x = x + dt / 2 * (k + drift(x + dt * k, t + dt))
+    return x + last_step * drift(x, 1 - last_step)
+
+
+def guided(model, s=None, y=None, cfg=1.0, interval=(0.0, 1.0)):
+    """-> v(x, t) of a model under snippets s (B, D) and labels y (B,), with guidance.
+
+    It acts on all channels, at times within interval; elsewhere it costs no second evaluation.
+    """
+    s_both = None
+    y_both = None
+    if s is not None:
+        s_both = torch.cat([s, torch.zeros_like(s)])
+    if y is not None:
+        y_both = torch.cat([y, torch.full_like(y, model.config.num_classes)])
+    low = interval[0] - 1e-6  # t is float32
+    high = interval[1] + 1e-6
+
+    def v(x, t):
+        if cfg == 1 or not low <= float(t[0]) <= high:
+            return model(x, t, s, y)
+        both = model(torch.cat([x, x]), torch.cat([t, t]), s_both, y_both)
+        v_s, v_null = both.float().chunk(2)
+        return torch.lerp(v_null, v_s, cfg)
+
+    return v
+
+
+# --------------------------------------------------------------------------- weights made elsewhere
+
+
+def load_file(source, urls=None, keys=()):
+    """What a file of torch.save holds, mapped into memory.
+
+    source  its path, or a name in urls (name -> URL), which is downloaded once
+    keys    what has to be in it
+    InputError where it cannot be had.
+    """
+    urls = urls or {}
+    options = {"map_location": "cpu", "weights_only": True}
     try:
         if source in urls:
             name = source + os.path.splitext(urls[source])[1]
             return torch.hub.load_state_dict_from_url(urls[source], file_name=name, **options)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # SiT's files hold their settings
-            whole = torch.load(source, mmap=zipfile.is_zipfile(source), **options)
-        missing = [k for k in sorted(keys) if k not in whole]
+        with torch.serialization.safe_globals(
+            [argparse.Namespace]
+        ):  # SiT's files hold their settings
+            content = torch.load(source, mmap=zipfile.is_zipfile(source), **options)
+        missing = [key for key in keys if key not in content]
     except urllib.error.URLError as e:
-        raise ValueError(f"no download ({e.reason}): give the path of a copy of {urls[source]}") from e
+        raise InputError(
+            f"no download ({e.reason}): give the path of a copy of {urls[source]}"
+        ) from e
     except (FileNotFoundError, IsADirectoryError) as e:
         known = f", and none of {', '.join(urls)}" if urls else ": give the path of one"
-        raise ValueError(f"{source} is no file{known}") from e
-    except Exception as e:  # of any type, where the bytes are none of torch's
-        raise ValueError(f"{source} is damaged, or not written by torch.save ({type(e).__name__})") from e
+        raise InputError(f"{source} is no file{known}") from e
+    except Exception as e:  # of any type, where the bytes are not torch's
+        raise InputError(
+            f"{source} is damaged, or not written by torch.save ({type(e).__name__})"
+        ) from e
     if missing:
-        raise ValueError(f"{source} is no file of the kind expected: it lacks {', '.join(missing)}")
-    return whole
+        raise InputError(f"{source} is no file of the kind expected: it lacks {', '.join(missing)}")
+    return content
 
-def load_weights(source, urls={}):
-    """source: a dict, or see load_file -> {key: tensor}, the EMA weights where there are several sets,
-    without the prefixes of DDP and torch.compile; and all that source holds"""
-    whole = source if isinstance(source, dict) else load_file(source, urls)
-    if not isinstance(whole, dict):
-        raise ValueError(f"{source} holds a {type(whole).__name__}, no weights by name")
-    state = next((whole[k] for k in ("ema", "model", "state_dict") if isinstance(whole.get(k), dict)), whole)
-    return {k.replace("_orig_mod.", "").removeprefix("module."): v
-            for k, v in state.items() if torch.is_tensor(v)}, whole
 
-def fit(weights, network, *args):
-    """-> network(*args) with these weights, in eval mode; ValueError names keys and shapes that differ."""
+def weights_of(content):
+    """What a file of weights holds -> {key: tensor}: the EMA weights where there are several sets,
+    without the prefixes of DDP and torch.compile."""
+    if not isinstance(content, dict):
+        raise InputError(f"the file holds a {type(content).__name__}, expected weights by name")
+    state = content
+    for name in ("state_dict", "model", "ema"):  # the last one there is counts
+        if isinstance(content.get(name), dict):
+            state = content[name]
+    weights = {}
+    for key, value in state.items():
+        if torch.is_tensor(value):
+            weights[key.replace("_orig_mod.", "").removeprefix("module.")] = value
+    return weights
+
+
+def load_into(weights, network, *args):
+    """-> network(*args) with these weights, in eval mode. InputError names keys and shapes that
+    differ."""
     with torch.device("meta"):  # nothing is drawn or filled that is replaced at once
         model = network(*args)
-    have, want = ({k: tuple(v.shape) for k, v in s.items()} for s in (weights, model.state_dict()))
-    bad = [f"{k} {have.get(k, 'missing')}, expected {want.get(k, 'none')}"
-           for k in {**want, **have} if want.get(k) != have.get(k)]
-    if bad:
-        raise ValueError(f"{len(bad)} weights do not fit this {network.__name__}: " + "; ".join(bad[:3]))
-    model.load_state_dict({k: v.to(torch.float32, copy=True) for k, v in weights.items()}, assign=True)
+    wanted = model.state_dict()
+    wrong = []
+    for key in {**wanted, **weights}:
+        given = tuple(weights[key].shape) if key in weights else "missing"
+        expected = tuple(wanted[key].shape) if key in wanted else "none"
+        if given != expected:
+            wrong.append(f"{key} {given}, expected {expected}")
+    if wrong:
+        raise InputError(
+            f"{len(wrong)} weights do not fit this {network.__name__}: {'; '.join(wrong[:3])}"
+        )
+    copies = {key: value.to(torch.float32, copy=True) for key, value in weights.items()}
+    model.load_state_dict(copies, assign=True)
     return model.eval()
 
-def official_config(w):
-    """The SiTConfig of weights of the official SiT, LightningDiT or GMem, read off names and shapes."""
-    size = lambda key, axis=0: w[key].shape[axis] if key in w else 0
-    (h, C, p, _), swiglu = w["x_embedder.proj.weight"].shape, size("blocks.0.mlp.w3.weight", 1)
-    # the width of SwiGLU is int(2/3 int(h mlp_ratio)): aim at the middle
-    inner = swiglu * 3 // 2 + 1 if swiglu else size("blocks.0.mlp.fc2.weight", 1)
+
+def official_config(weights):
+    """The SiTConfig of weights of the official SiT, LightningDiT or GMem, read off names and
+    shapes."""
+
+    def length(key, axis=0):
+        return weights[key].shape[axis] if key in weights else 0
+
+    hidden_size, in_channels, patch_size, _ = weights["x_embedder.proj.weight"].shape
+    depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
+    inner = length("blocks.0.mlp.fc2.weight", axis=1)
+    swiglu = "blocks.0.mlp.w3.weight" in weights
+    if (
+        swiglu
+    ):  # its width is int(2/3 int(hidden_size mlp_ratio)): aim at the middle of what gives that
+        inner = length("blocks.0.mlp.w3.weight", axis=1) * 3 // 2 + 1
     return SiTConfig(
-        input_size=p * math.isqrt(w["pos_embed"].shape[1]), patch_size=p, in_channels=C, hidden_size=h,
-        depth=len({k.split(".")[1] for k in w if k.startswith("blocks.")}),
-        num_heads=16 if h == 1152 else h // 64, mlp_ratio=(inner + 0.5) / h, swiglu=swiglu > 0,
-        memory_dim=size("condition_projection.linear.weight", 1), align_dim=size("projector.0.4.bias"),
-        num_classes=max(0, size("y_embedder.embedding_table.weight") - 1),
-        learn_sigma=size("final_layer.linear.bias") == 2 * C * p * p, rope="feat_rope.freqs_cos" in w,
-        rmsnorm="blocks.0.norm1.weight" in w, qk_norm="blocks.0.attn.q_norm.weight" in w)
+        input_size=patch_size * math.isqrt(length("pos_embed", axis=1)),
+        patch_size=patch_size,
+        in_channels=in_channels,
+        hidden_size=hidden_size,
+        depth=depth,
+        num_heads=16 if hidden_size == 1152 else hidden_size // 64,
+        mlp_ratio=(inner + 0.5) / hidden_size,
+        memory_dim=length("condition_projection.linear.weight", axis=1),
+        num_classes=max(0, length("y_embedder.embedding_table.weight") - 1),
+        learn_sigma=length("final_layer.linear.bias") == 2 * in_channels * patch_size**2,
+        swiglu=swiglu,
+        rmsnorm="blocks.0.norm1.weight" in weights,
+        rope="feat_rope.freqs_cos" in weights,
+        qk_norm="blocks.0.attn.q_norm.weight" in weights,
+        align_dim=length("projector.0.4.bias"),
+        align_depth=min(4, depth),
+    )
+
 
 def load_sit(source):
-    """source: a checkpoint of train.py or of the official SiT, LightningDiT or GMem, path or loaded dict
-    -> SiT of the EMA weights, in eval mode. ValueError where keys or shapes do not fit."""
-    w, whole = load_weights(source)
-    config = whole.get("config")  # LightningDiT's and GMem's files have one too, of other settings
-    try:
-        config = official_config(w) if config is None or "model" in config else SiTConfig(**config)
-    except (KeyError, TypeError) as e:
-        raise ValueError(f"a checkpoint of no SiT, LightningDiT or GMem: {e}") from e
-    return fit(w, SiT, config)
+    """-> SiT of the EMA weights, in eval mode.
 
-# ----------------------------------------------------------------------------- tokenizers
+    source  a checkpoint of train.py or of the official SiT, LightningDiT or GMem: path, loaded dict
+    InputError where keys or shapes do not fit.
+    """
+    content = load_file(source) if isinstance(source, str) else source
+    weights = weights_of(content)
+    config = content.get("config")
+    try:
+        if config is None or "model" in config:  # the official files have other settings, or none
+            config = official_config(weights)
+        else:
+            config = SiTConfig(**config)
+    except (KeyError, TypeError) as e:
+        raise InputError(f"a checkpoint of no SiT, LightningDiT or GMem: {e}") from e
+    return load_into(weights, SiT, config)
+
+
+# ------------------------------------------------------------------------------------- autoencoders
+
+
+def group_norm(width):
+    return nn.GroupNorm(32, width, eps=1e-6)
+
 
 class ResnetBlock(nn.Module):
-    def __init__(self, n, m):
+    def __init__(self, width_in, width):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(32, n, eps=1e-6), nn.Conv2d(n, m, 3, padding=1)
-        self.norm2, self.conv2 = nn.GroupNorm(32, m, eps=1e-6), nn.Conv2d(m, m, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(n, m, 1) if n != m else nn.Identity()
+        self.norm1 = group_norm(width_in)
+        self.conv1 = nn.Conv2d(width_in, width, 3, padding=1)
+        self.norm2 = group_norm(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.nin_shortcut = nn.Identity() if width_in == width else nn.Conv2d(width_in, width, 1)
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
-        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.nin_shortcut(x) + h
+
 
 class AttnBlock(nn.Module):
-    def __init__(self, n):
+    """Attention among all places, with one head."""
+
+    def __init__(self, width):
         super().__init__()
-        self.norm = nn.GroupNorm(32, n, eps=1e-6)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(n, n, 1) for _ in range(4))
+        self.norm = group_norm(width)
+        self.q = nn.Conv2d(width, width, 1)
+        self.k = nn.Conv2d(width, width, 1)
+        self.v = nn.Conv2d(width, width, 1)
+        self.proj_out = nn.Conv2d(width, width, 1)
 
     def forward(self, x):
         h = self.norm(x)
-        q, k, v = (f(h).flatten(2).mT[:, None] for f in (self.q, self.k, self.v))  # (B, 1 head, H*W, n)
-        return x + self.proj_out(F.scaled_dot_product_attention(q, k, v)[:, 0].mT.reshape(x.shape))
+        q = self.q(h).flatten(2).mT[:, None]  # (B, 1, H*W, width)
+        k = self.k(h).flatten(2).mT[:, None]
+        v = self.v(h).flatten(2).mT[:, None]
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(h[:, 0].mT.reshape(x.shape))
+
 
 class Level(nn.Module):
-    """The blocks of one resolution, and the way to the next: "down", "up" or None."""
-    def __init__(self, n, m, blocks, attn, way):
+    """The blocks of one resolution, with attention or without, then the way to the next one."""
+
+    def __init__(self, width_in, width, num_blocks, attention, downsample=False, upsample=False):
         super().__init__()
-        self.block = nn.ModuleList([ResnetBlock(m if j else n, m) for j in range(blocks)])
-        self.attn = nn.ModuleList([AttnBlock(m) if attn else nn.Identity() for _ in range(blocks)])
-        if way:
-            conv = nn.Conv2d(m, m, 3, *((2, 0) if way == "down" else (1, 1)))  # stride, padding
-            self.add_module(way + "sample", nn.ModuleDict(dict(conv=conv)))
+        self.block = nn.ModuleList()
+        self.attn = nn.ModuleList()
+        for i in range(num_blocks):
+            self.block.append(ResnetBlock(width_in if i == 0 else width, width))
+            self.attn.append(AttnBlock(width) if attention else nn.Identity())
+        self.downsample = nn.Identity()
+        self.upsample = nn.Identity()
+        if downsample:  # padded at the right and below only
+            conv = nn.Conv2d(width, width, 3, stride=2)
+            self.downsample = named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv)
+        if upsample:
+            conv = nn.Conv2d(width, width, 3, padding=1)
+            self.upsample = named(enlarge=nn.Upsample(scale_factor=2), conv=conv)
 
     def forward(self, x):
         for block, attn in zip(self.block, self.attn):
             x = attn(block(x))
-        if hasattr(self, "downsample"):
-            return self.downsample["conv"](F.pad(x, (0, 1, 0, 1)))
-        return self.upsample["conv"](F.interpolate(x, scale_factor=2)) if hasattr(self, "upsample") else x
+        return self.upsample(self.downsample(x))
 
-class Coder(nn.Module):
-    """Encoder (way "down") or decoder ("up"), n_in to n_out channels; levels count from the finest."""
-    def __init__(self, n_in, n_out, widths, blocks, attn, way):
-        super().__init__()
-        order = [*range(len(widths))][::1 if way == "down" else -1]
-        levels = [Level(widths[i], widths[j], blocks, j in attn, way if j != order[-1] else None)
-                  for i, j in zip(order[:1] + order, order)]
-        first, last, m = widths[order[0]], widths[order[-1]], widths[-1]
-        self.conv_in = nn.Conv2d(n_in, first, 3, padding=1)
-        self.mid = nn.Sequential(OrderedDict(
-            block_1=ResnetBlock(m, m), attn_1=AttnBlock(m), block_2=ResnetBlock(m, m)))
-        self.add_module(way, nn.ModuleList(levels if way == "down" else levels[::-1]))
-        self.norm_out, self.conv_out = nn.GroupNorm(32, last, eps=1e-6), nn.Conv2d(last, n_out, 3, padding=1)
 
-    def forward(self, x):
-        x = self.conv_in(x)
-        for f in [self.mid, *self.up[::-1]] if hasattr(self, "up") else [*self.down, self.mid]:
-            x = f(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+def middle(width):
+    first = ResnetBlock(width, width)
+    return named(block_1=first, attn_1=AttnBlock(width), block_2=ResnetBlock(width, width))
+
+
+def encoder(channels, widths, num_blocks, attention_levels):
+    """From the finest level to the coarsest, a chain."""
+    levels = nn.Sequential()
+    width_in = widths[0]
+    for i, width in enumerate(widths):
+        last = i == len(widths) - 1
+        levels.append(
+            Level(width_in, width, num_blocks, i in attention_levels, downsample=not last)
+        )
+        width_in = width
+    return named(
+        conv_in=nn.Conv2d(3, widths[0], 3, padding=1),
+        down=levels,
+        mid=middle(width),
+        norm_out=group_norm(width),
+        act=nn.SiLU(),
+        conv_out=nn.Conv2d(width, 2 * channels, 3, padding=1),
+    )
+
+
+def decoder(channels, widths, num_blocks, attention_levels):
+    """From the coarsest level to the finest, a chain; levels are numbered as the encoder's."""
+    levels = nn.Sequential()
+    width_in = widths[-1]
+    for i in reversed(range(len(widths))):
+        level = Level(width_in, widths[i], num_blocks, i in attention_levels, upsample=i > 0)
+        levels.add_module(str(i), level)
+        width_in = widths[i]
+    return named(
+        conv_in=nn.Conv2d(channels, widths[-1], 3, padding=1),
+        mid=middle(widths[-1]),
+        up=levels,
+        norm_out=group_norm(width_in),
+        act=nn.SiLU(),
+        conv_out=nn.Conv2d(width_in, 3, 3, padding=1),
+    )
+
 
 class AutoencoderKL(nn.Module):
-    """Images x (B, 3, H, W) in [-1, 1] <-> latents z (B, channels, H / factor, W / factor), as they are,
-    unscaled (arXiv 2112.10752). By default sd-vae-ft-ema, f8d4; VA-VAE (arXiv 2501.01423), f16d32, is
-    AutoencoderKL(32, (128, 128, 256, 256, 512), attn=(4,)), attn being the levels that have attention."""
-    def __init__(self, channels=4, widths=(128, 256, 512, 512), blocks=2, attn=()):
+    """Images (B, 3, H, W) in [-1, 1] <-> latents (B, channels, H / factor, W / factor), unscaled.
+
+    The default is sd-vae-ft-ema, f8d4 (arXiv 2112.10752). VA-VAE, f16d32 (arXiv 2501.01423), is
+    AutoencoderKL(32, (128, 128, 256, 256, 512), attention_levels=(4,)).
+    """
+
+    def __init__(self, channels=4, widths=(128, 256, 512, 512), num_blocks=2, attention_levels=()):
         super().__init__()
-        self.channels, self.factor = channels, 2 ** (len(widths) - 1)
-        self.encoder = Coder(3, 2 * channels, widths, blocks, attn, "down")
-        self.decoder = Coder(channels, 3, widths, blocks + 1, attn, "up")
-        self.quant_conv, self.post_quant_conv = (nn.Conv2d(n, n, 1) for n in (2 * channels, channels))
+        self.channels = channels
+        self.factor = 2 ** (len(widths) - 1)
+        self.encoder = encoder(channels, widths, num_blocks, attention_levels)
+        self.decoder = decoder(channels, widths, num_blocks + 1, attention_levels)
+        self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1)
+        self.post_quant_conv = nn.Conv2d(channels, channels, 1)
 
     def encode(self, x):
+        """-> mean and log variance of the latents' distribution"""
         mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, z):
         return self.decoder(self.post_quant_conv(z))
 
-AUTOENCODERS = {name: f"https://huggingface.co/{repo}/resolve/main/{file}" for name, repo, file in (
-    ("sd-vae-ft-ema", "stabilityai/sd-vae-ft-ema", "diffusion_pytorch_model.bin"),
-    ("vavae-f16d32", "hustvl/vavae-imagenet256-f16d32-dinov2", "vavae-imagenet256-f16d32-dinov2.pt"))}
-DIFFUSERS = {  # its names -> those of the LDM code, which are used here
-    "down_blocks": "down", "downsamplers.0": "downsample", "upsamplers.0": "upsample", "resnets": "block",
-    "mid_block.block.0": "mid.block_1", "mid_block.block.1": "mid.block_2", "attentions": "attn",
-    "mid_block.attn.0": "mid.attn_1", "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v",
-    "to_out.0": "proj_out", "query": "q", "key": "k", "value": "v", "proj_attn": "proj_out",
-    "conv_shortcut": "nin_shortcut", "conv_norm_out": "norm_out"}
+
+HUB = "https://huggingface.co"
+VAVAE = "vavae-imagenet256-f16d32-dinov2"
+AUTOENCODERS = {
+    "sd-vae-ft-ema": f"{HUB}/stabilityai/sd-vae-ft-ema/resolve/main/diffusion_pytorch_model.bin",
+    "vavae-f16d32": f"{HUB}/hustvl/{VAVAE}/resolve/main/{VAVAE}.pt",
+}
+# fmt: off
+DIFFUSERS_NAMES = {  # -> those of the LDM code, which are used here; replaced in this order
+    "down_blocks": "down", "downsamplers.0": "downsample", "upsamplers.0": "upsample",
+    "resnets": "block", "mid_block.block.0": "mid.block_1", "mid_block.block.1": "mid.block_2",
+    "attentions": "attn", "mid_block.attn.0": "mid.attn_1", "group_norm": "norm",
+    "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
+    "query": "q", "key": "k", "value": "v", "proj_attn": "proj_out",
+    "conv_shortcut": "nin_shortcut", "conv_norm_out": "norm_out",
+}
+# fmt: on
+
+
+def ldm_key(key, levels):
+    """A key in the format of diffusers or LDM -> in the format of LDM."""
+    for i in range(levels):  # diffusers counts the decoder's levels from the coarsest
+        key = key.replace(f"up_blocks.{i}.", f"up.{levels - 1 - i}.")
+    for old, new in DIFFUSERS_NAMES.items():
+        key = key.replace(f".{old}.", f".{new}.")
+    return key
+
 
 def load_autoencoder(source):
-    """source: a name in AUTOENCODERS, a path or a state dict, in the key format of diffusers or of LDM
-    -> AutoencoderKL in eval mode. ValueError where keys or shapes do not fit."""
-    state, w = load_weights(source, AUTOENCODERS)[0], {}
-    levels = len({k.split(".")[2] for k in state if k.startswith(("encoder.down.", "encoder.down_blocks."))})
-    for key, v in state.items():
-        if key.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")):  # else: for training
-            for i in range(levels):  # diffusers counts from the coarsest
-                key = key.replace(f"up_blocks.{i}.", f"up.{levels - 1 - i}.")
-            for old, new in DIFFUSERS.items():
-                key = key.replace(f".{old}.", f".{new}.")
-            w[key] = v[:, :, None, None] if ".attn" in key and v.ndim == 2 else v
+    """-> AutoencoderKL in eval mode.
+
+    source  a name in AUTOENCODERS, a path or a state dict, in the key format of diffusers or LDM
+    InputError where keys or shapes do not fit.
+    """
+    given = weights_of(load_file(source, AUTOENCODERS) if isinstance(source, str) else source)
+    parts = (
+        "encoder.",
+        "decoder.",
+        "quant_conv.",
+        "post_quant_conv.",
+    )  # others are of the training
+    given = {key: value for key, value in given.items() if key.startswith(parts)}
+    downs = ("encoder.down.", "encoder.down_blocks.")
+    levels = len({key.split(".")[2] for key in given if key.startswith(downs)})
+    weights = {}
+    for key, value in given.items():
+        key = ldm_key(key, levels)
+        if (
+            ".attn" in key and value.ndim == 2
+        ):  # a linear layer in diffusers, a 1x1 convolution here
+            value = value[:, :, None, None]
+        weights[key] = value
     try:
-        widths = [len(w[f"encoder.down.{i}.block.0.conv1.bias"]) for i in range(levels)]
-        blocks = sum(k.startswith("encoder.down.0.") and k.endswith("conv1.bias") for k in w)
-        attn = [i for i in range(levels) if f"encoder.down.{i}.attn.0.q.bias" in w]
-        return fit(w, AutoencoderKL, len(w["post_quant_conv.bias"]), widths, blocks, attn)
+        channels = len(weights["post_quant_conv.bias"])
+        widths = [len(weights[f"encoder.down.{i}.block.0.conv1.bias"]) for i in range(levels)]
     except KeyError as e:
-        raise ValueError(f"weights of no autoencoder in the format of diffusers or LDM: no {e}") from e
+        raise InputError(
+            f"weights of no autoencoder in the format of diffusers or LDM: no {e}"
+        ) from e
+    blocks = {key.split(".")[4] for key in weights if key.startswith("encoder.down.0.block.")}
+    attention = [i for i in range(levels) if f"encoder.down.{i}.attn.0.q.bias" in weights]
+    return load_into(weights, AutoencoderKL, channels, widths, len(blocks), attention)
+
+
+# ------------------------------------------------------------------------------------------- DINOv2
+
+
+class LayerScale(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return self.gamma * x
+
+
+class DINOv2Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, width // 64)
+        self.ls1 = LayerScale(width)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = named(
+            fc1=nn.Linear(width, 4 * width), act=nn.GELU(), fc2=nn.Linear(4 * width, width)
+        )
+        self.ls2 = LayerScale(width)
+
+    def forward(self, x):
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class DINOv2(nn.Module):
+    """ViT with patches of 14 pixels and LayerScale (arXiv 2304.07193), with the official names.
+
+    x (B, 3, H, W), multiples of 14, normalised -> class token (B, D), patch tokens
+    (B, H/14 * W/14, D), both after the last norm. The position table is resampled as in the
+    official GMem: bicubic, antialiased.
+    """
+
+    def __init__(self, width=768, depth=12, grid=37):
+        super().__init__()
+        self.grid = grid  # the position table's height and width
+        self.patch_embed = named(proj=nn.Conv2d(3, width, 14, stride=14))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid**2, width))
+        self.blocks = nn.Sequential(*[DINOv2Block(width) for _ in range(depth)])
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, x):
+        patches = self.patch_embed(x)  # (B, D, H/14, W/14)
+        table = self.pos_embed[:, 1:].mT.unflatten(2, (self.grid, self.grid))
+        if patches.shape[2:] != table.shape[2:]:
+            table = F.interpolate(table.float(), patches.shape[2:], mode="bicubic", antialias=True)
+        patches = (patches + table).flatten(2).mT
+        first = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        tokens = self.norm(self.blocks(torch.cat([first, patches], dim=1)))
+        return tokens[:, 0], tokens[:, 1:]
+
+
+META = "https://dl.fbaipublicfiles.com/dinov2"
+DINOV2 = {
+    "dinov2_vits14": f"{META}/dinov2_vits14/dinov2_vits14_pretrain.pth",
+    "dinov2_vitb14": f"{META}/dinov2_vitb14/dinov2_vitb14_pretrain.pth",
+    "dinov2_vitl14": f"{META}/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
+}
+
+
+def load_dinov2(source):
+    """-> DINOv2 in eval mode.
+
+    source  a name in DINOV2, a path or a state dict in the official key format
+    InputError where keys or shapes do not fit.
+    """
+    weights = weights_of(load_file(source, DINOV2) if isinstance(source, str) else source)
+    weights.pop("mask_token", None)  # of its training
+    try:
+        width = weights["cls_token"].shape[2]
+        positions = weights["pos_embed"].shape[1]
+    except (KeyError, IndexError) as e:
+        raise InputError(f"weights of no DINOv2: {e}") from e
+    depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
+    return load_into(weights, DINOv2, width, depth, math.isqrt(positions - 1))
+
+
+def dinov2_features(model, images):
+    """images: uint8 (B, 3, H, H) -> class token (B, D), patch tokens (B, T, D), as the official
+    GMem's: ImageNet's mean and std, then bicubic (not antialiased) to 224 pixels for every 256"""
+    mean = torch.tensor([0.485, 0.456, 0.406], device=images.device)[:, None, None]
+    std = torch.tensor([0.229, 0.224, 0.225], device=images.device)[:, None, None]
+    size = 224 * max(1, images.shape[-1] // 256)
+    x = (images / 255 - mean) / std
+    return model(F.interpolate(x, (size, size), mode="bicubic"))

@@ -1,17 +1,25 @@
-"""Tests of GMem: numbers against an independent computation, a run against a run; no GPU, no network."""
+"""Tests of GMem: numbers against an independent computation, a run against a run. They need no GPU
+and no network.
+"""
+
 import argparse
+import copy
 import io
 import json
+import math
 import os
 import pickle
 import re
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
+import tracemalloc
+import zipfile
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -23,878 +31,4888 @@ from torch import nn
 
 import fid
 import memory
+import model as model_file
 import sample
 import train
-from memory import (Blocks, DINOv2, Images, MemoryBank, center_crop, dinov2_features, glyphs, load_dinov2,
-                    mask, mix, prepare, thumbnail, to_rgb)
-from model import (CONFIGS, AutoencoderKL, SiT, SiTConfig, flow_loss, load_autoencoder, load_sit,
-                   sincos_pos_embed)
-from sample import decode, generate, guided, ode, sde
-from train import Data, learning_rate, split
+from memory import (
+    Blocks,
+    Images,
+    MemoryBank,
+    Pixels,
+    center_crop,
+    denormalize_latents,
+    glyphs,
+    mask,
+    mix,
+    normalize_latents,
+    prepare,
+    stats_tensor,
+    thumbnail,
+    to_float,
+    to_rgb,
+)
+from model import (
+    CONFIGS,
+    AutoencoderKL,
+    DINOv2,
+    InputError,
+    SiT,
+    SiTConfig,
+    SwiGLU,
+    dinov2_features,
+    flow_loss,
+    guided,
+    load_autoencoder,
+    load_dinov2,
+    load_sit,
+    ode,
+    sde,
+    sincos_pos_embed,
+)
+from sample import decode, draw_rows, generate
+from train import Loader, Trainer, learning_rate, merge_settings, split
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-TINY = dict(input_size=8, patch_size=2, in_channels=3, hidden_size=32, depth=2, num_heads=2)
-MU, SIGMA = 0.7, 0.4  # of the data that samplers are given
-QUICK = "--model SiT-T/8 --image-size 16 --batch-size 16 --device cpu"
+HERE = os.path.dirname(os.path.abspath(memory.__file__))
+QUICK = "--model SiT-T/8 --image-size 16 --batch-size 16 --device cpu"  # a training of seconds
+TINY = {
+    "input_size": 8,
+    "patch_size": 2,
+    "in_channels": 3,
+    "hidden_size": 32,
+    "depth": 2,
+    "num_heads": 2,
+}
+# one thread here as in the processes that are started: their numbers are the same to the last bit
 os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-torch.set_num_threads(1)  # as in the processes that are started: their numbers are the same to the last bit
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
-def a_folder_of_its_own(tmp_path, monkeypatch):
+def folder_of_its_own(tmp_path, monkeypatch):
+    """Each test runs in an empty folder."""
     monkeypatch.chdir(tmp_path)
 
-def start(command, *more, processes=1, **kw):  # -> Popen, of torchrun if there are to be several
+
+# ---------------------------------------------------------------------------- running commands
+
+
+def start(command, *more, processes=1, **options):
+    """A command of the README's kind in a process of its own, or in several by torchrun -> Popen"""
     file, *flags = command.split()
-    torchrun = f"-m torch.distributed.run --standalone --nproc_per_node={processes}".split() * (processes > 1)
-    return subprocess.Popen([sys.executable, *torchrun, os.path.join(HERE, file), *flags, *map(str, more)],
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
+    argv = [sys.executable]
+    if processes > 1:
+        argv += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    argv += [os.path.join(HERE, file), *flags, *map(str, more)]
+    return subprocess.Popen(
+        argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def run_here(command, *more, fails=False):
+    """A command in this process, to save an import of seconds -> exit code, stdout, stderr"""
+    argv = [*command.split(), *map(str, more)]
+    modules = {"fid.py": fid, "train.py": train, "sample.py": sample, "memory.py": memory}
+    module = modules[argv[0]]
+    out = io.StringIO()
+    err = io.StringIO()
+    code = 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", argv)
+        patch.setattr(signal, "signal", lambda *handler: None)  # pytest keeps its own handlers
+        if fails:
+            with pytest.raises(SystemExit) as stop:
+                memory.cli(module.main)
+            code = stop.value.code
+        else:
+            module.main()
+    torch.set_float32_matmul_precision("highest")  # train.py's is less
+    return code, out.getvalue(), err.getvalue()
+
+
+def run_apart(command, *more, processes=1):
+    """A command in processes of its own -> exit code, stdout, stderr"""
+    process = start(command, *more, processes=processes)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
 
 def run(command, *more, processes=0, fails=False):
-    """Runs a command, in this process or in others -> stdout, or the one line of one that has to fail"""
-    if processes:
-        p = start(command, *more, processes=processes)
-        (out, err), code = p.communicate(timeout=300), p.returncode
+    """Runs a command, in this process (0) or in others -> its stdout; of one that has to fail, with
+    exit code 2 and one line on stderr, that line"""
+    if processes == 0:
+        code, out, err = run_here(command, *more, fails=fails)
     else:
-        argv, out, err = [*command.split(), *map(str, more)], io.StringIO(), io.StringIO()
-        main = {"fid.py": fid, "train.py": train, "sample.py": sample, "memory.py": memory}[argv[0]].main
-        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-            patch.setattr(sys, "argv", argv)
-            patch.setattr(signal, "signal", lambda *a: None)  # pytest keeps its own handlers
-            with pytest.raises(SystemExit) if fails else nullcontext() as stop:
-                memory.cli(main) if fails else main()
-        torch.set_float32_matmul_precision("highest")  # train.py's is less
-        out, err, code = out.getvalue(), err.getvalue(), stop.value.code if fails else 0
-    lines = [line for line in err.splitlines() if line.strip() and "/s]" not in line]  # no bars
-    assert code == 2 * fails and (not fails or len(lines) == 1) and "FutureWarning" not in err, out + err
-    return lines[0] if fails else out
+        code, out, err = run_apart(command, *more, processes=processes)
+    lines = []
+    for line in err.splitlines():
+        if line.strip() and "/s]" not in line:  # bars have a rate
+            lines.append(line)
+    assert "FutureWarning" not in err, err
+    if not fails:
+        assert code == 0, out + err
+        return out
+    assert code == 2, out + err
+    assert len(lines) == 1, err
+    return lines[0]
+
 
 def wait_for(condition, process):
+    """Waits until condition() holds, as long as the process lives."""
     while not condition():
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
 
-def refused(message, f, *args, error=ValueError, **kw):
+
+def refused(message, f, *args, error=ValueError, **options):
+    """f(*args) raises an error whose text matches the message."""
     with pytest.raises(error, match=message):
-        f(*args, **kw)
+        f(*args, **options)
 
-load = lambda path: torch.load(path, weights_only=True)
-log = lambda out: [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
-numbers = lambda out: [[entry[k] for k in ("step", "loss", "grad_norm", "lr")] for entry in log(out)]
 
-def made(path):
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def read_log(out):
+    """The lines of OUT/log.jsonl."""
+    return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+
+
+def logged_numbers(out):
+    """What two equal runs have in common in their logs: all but times."""
+    rows = []
+    for line in read_log(out):
+        rows.append([line["step"], line["loss"], line["grad_norm"], line["lr"]])
+    return rows
+
+
+def images_of(path):
+    """The images of an .npz by sample.py, as integers: differences are not taken modulo 256."""
     images = np.load(path)["arr_0"]
     assert images.dtype == np.uint8
     return images.astype(int)
 
+
 def folder_of_images(path, n=40, size=24):
-    x, labels = glyphs(n=n, size=size)
-    for i, (image, label) in enumerate(zip(x, labels)):
-        os.makedirs(f"{path}/class{label % 2}", exist_ok=True)
-        Image.fromarray(image).save(f"{path}/class{label % 2}/{i:03d}.png")
-    return x, labels
+    """Writes n glyphs as PNGs, into sub-folders class0 and class1 -> the images, their labels"""
+    images, labels = memory.glyphs(n=n, size=size)
+    for i in range(n):
+        folder = f"{path}/class{labels[i] % 2}"
+        os.makedirs(folder, exist_ok=True)
+        Image.fromarray(images[i]).save(f"{folder}/{i:03d}.png")
+    return images, labels
+
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory):  # -> a folder: images/ of two classes, out/ of a short training on them
-    at = tmp_path_factory.mktemp("trained")
-    folder_of_images(at / "images")
+def trained(tmp_path_factory):
+    """A folder with images/ of two classes, and out/ of a short training on them."""
+    folder = tmp_path_factory.mktemp("trained")
+    folder_of_images(folder / "images")
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(at)
-        text = run(f"train.py {QUICK} --steps 6 --log-every 2 --out out --data", at / "images")
+        patch.chdir(folder)
+        text = run(f"train.py {QUICK} --steps 6 --log-every 2 --out out --data", folder / "images")
     assert "40 of [3, 16, 16], 2 classes" in text
-    return at
+    return folder
 
-# ----------------------------------------------------------------------------- model
-@pytest.mark.parametrize("switches", [
-    {}, dict(swiglu=True), dict(rmsnorm=True), dict(predict_x=True), dict(rope=True), dict(qk_norm=True),
-    dict(learn_sigma=True), dict(num_classes=5), dict(memory_dim=12), dict(memory_dim=12, memory_tokens=True),
-    dict(memory_dim=12, num_classes=5, align_dim=7, align_depth=1),
-    dict(swiglu=True, rmsnorm=True, rope=True, qk_norm=True, zero_init=False, memory_dim=12)], ids=str)
-def test_every_switch_has_its_shape_and_gradients(switches):
-    model, x, t = SiT(SiTConfig(**TINY, **switches)), torch.randn(3, 3, 8, 8), torch.rand(3)
-    s = torch.randn(3, 12) if model.config.memory_dim else None
-    y = torch.tensor([0, 4, 5]) if model.config.num_classes else None
-    if model.config.zero_init:  # adaLN-zero: the network gives nothing at first
-        want = -x / (1 - t).clamp_min(0.05)[:, None, None, None] if model.config.predict_x else 0 * x
-        assert torch.equal(model.eval()(x, t, s, y), want)
-    out = randomised(model).train()(x, t, s, y)
-    out, tokens = out if model.config.align_dim else (out, out)
-    assert out.shape == x.shape and (not model.config.align_dim or tokens.shape == (3, 16, 7))
-    (out.square().sum() + tokens.square().sum()).backward()
-    for name, p in model.named_parameters():
-        assert p.grad is not None and p.grad.abs().sum() > 0, name
-
-def test_names_and_sizes_are_the_official_ones():
-    with torch.device("meta"):
-        model = SiT(SiTConfig(**CONFIGS["SiT-XL/2"], num_classes=1000, learn_sigma=True))
-    # 675,129,632 of the official SiT-XL/2 count its fixed position table, which is a buffer here
-    assert sum(p.numel() for p in model.parameters()) + model.pos_embed.numel() == 675_129_632
-    names = set(SiT(SiTConfig(**TINY, memory_dim=4, swiglu=True, rmsnorm=True, rope=True, qk_norm=True,
-                              align_dim=4, align_depth=1)).state_dict())
-    both = ("attn.qkv attn.proj mlp.w12 mlp.w3 adaLN_modulation.1", "x_embedder.proj t_embedder.mlp.0 "
-            "t_embedder.mlp.2 condition_projection.linear projector.0.0 projector.0.2 projector.0.4 "
-            "final_layer.linear final_layer.adaLN_modulation.1")
-    block, rest = ({f"{n}.{k}" for n in part.split() for k in ("weight", "bias")} for part in both)
-    block |= {f"{n}.weight" for n in ("norm1", "norm2", "attn.q_norm", "attn.k_norm")}
-    rest |= {"pos_embed", "final_layer.norm_final.weight", "feat_rope.freqs_cos", "feat_rope.freqs_sin"}
-    assert names == rest | {f"blocks.{i}.{n}" for i in (0, 1) for n in block}
-
-def test_model_against_plain_formulas():  # one block written out, with loops where the model has reshapes
-    model = randomised(SiT(SiTConfig(**{**TINY, "depth": 1}, memory_dim=12)))
-    w = {k: v.double() for k, v in model.state_dict().items()}
-    x, t, s = torch.randn(1, 3, 8, 8).double(), torch.tensor([0.3]).double(), torch.randn(1, 12).double()
-    lin = lambda name, v: v @ w[name + ".weight"].T + w[name + ".bias"]
-    silu = lambda v: v / (1 + torch.exp(-v))
-    norm = lambda v: (v - v.mean(-1, keepdim=True)) / (v.var(-1, unbiased=False, keepdim=True) + 1e-6) ** 0.5
-    freq = t[:, None] * 10000 ** (-torch.arange(128).double() / 128)
-    c = lin("t_embedder.mlp.2", silu(lin("t_embedder.mlp.0", torch.cat([freq.cos(), freq.sin()], 1))))
-    c = silu(c + lin("condition_projection.linear", s))
-    h = torch.stack([(w["x_embedder.proj.weight"] * x[0, :, 2 * i:2 * i + 2, 2 * j:2 * j + 2]).sum((1, 2, 3))
-                     for i in range(4) for j in range(4)]) + w["x_embedder.proj.bias"] + w["pos_embed"][0]
-    m = lin("blocks.0.adaLN_modulation.1", c)[0].split(32)
-    q, k, v = lin("blocks.0.attn.qkv", norm(h) * (1 + m[1]) + m[0]).split(32, dim=1)
-    heads = [torch.softmax(q[:, a] @ k[:, a].T / 4, dim=1) @ v[:, a] for a in (slice(0, 16), slice(16, 32))]
-    h = h + m[2] * lin("blocks.0.attn.proj", torch.cat(heads, 1))
-    a = lin("blocks.0.mlp.fc1", norm(h) * (1 + m[4]) + m[3])
-    a = a / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (a + 0.044715 * a ** 3)))
-    h = h + m[5] * lin("blocks.0.mlp.fc2", a)
-    shift, scale = lin("final_layer.adaLN_modulation.1", c)[0].split(32)
-    h = lin("final_layer.linear", norm(h) * (1 + scale) + shift)
-    want = torch.empty(3, 8, 8).double()
-    for i, j, p, q in np.ndindex(4, 4, 2, 2):
-        want[:, 2 * i + p, 2 * j + q] = h[4 * i + j, 6 * p + 3 * q:6 * p + 3 * q + 3]
-    assert torch.allclose(model.double()(x, t, s)[0], want, atol=1e-6 * want.abs().max())
-
-def test_the_network_sees_centred_snippets_and_the_null_snippet_as_zeros():
-    plain, centred = (randomised(SiT(SiTConfig(**TINY, memory_dim=12, memory_scale=3.0, memory_center=c)))
-                      for c in (False, True))
-    x, t, s, mean = torch.randn(2, 3, 8, 8), torch.rand(2), torch.randn(2, 12), torch.randn(12)
-    centred.memory_mean.copy_(mean)
-    assert torch.allclose(centred(x, t, s), plain(x, t, s - mean), atol=1e-5)
-    assert torch.equal(centred(x, t), plain(x, t)) and torch.equal(centred(x, t, 0 * s), plain(x, t))
-
-def test_position_table_is_the_official_one_and_rope_sees_relative_positions_only():
-    grid = np.stack(np.meshgrid(np.arange(4.0), np.arange(4.0)))  # x first, as in DiT
-    omega = 1 / 10000 ** (np.arange(8) / 8)
-    want = np.concatenate([f(np.outer(g.ravel(), omega)) for g in grid for f in (np.sin, np.cos)], axis=1)
-    assert np.allclose(sincos_pos_embed(32, 4), want, atol=1e-6)
-    rope, (q, k) = SiT(SiTConfig(**TINY, rope=True)).feat_rope, torch.randn(2, 16)
-    at = lambda v, row, column: rope(v.expand(16, 16))[4 * row + column]
-    for dr, dc in ((0, 1), (1, 0), (2, 1)):
-        assert torch.allclose(at(q, 0, 0) @ at(k, dr, dc), at(q, 1, 2) @ at(k, 1 + dr, 2 + dc), atol=1e-5)
-    assert not torch.allclose(at(q, 0, 0) @ at(k, 0, 1), at(q, 0, 0) @ at(k, 1, 0), atol=1e-3)
-
-def test_loss_is_mse_plus_cosine_at_the_drawn_noise_and_no_label_is_the_null_label():
-    model = lambda x_t, t, s, y: 2 * x_t + s[:, :, None, None]
-    model.config = SiTConfig(**TINY)
-    x, s = torch.randn(4000, 3, 8, 8), F.normalize(torch.randn(4000, 3), dim=1)
-    torch.manual_seed(1)
-    got = flow_loss(model, x, s, drop=0.25).item()
-    torch.manual_seed(1)  # the same draws, in the documented order: t, noise, drop
-    t, z, keep = torch.randn(4000).sigmoid(), torch.randn_like(x), (torch.rand(4000) >= 0.25).float()[:, None]
-    assert abs(keep.mean() - 0.75) < 0.03
-    v = 2 * ((1 - t)[:, None, None, None] * z + t[:, None, None, None] * x) + (s * keep)[:, :, None, None]
-    cos = (v * (x - z)).sum(1) / v.norm(dim=1) / (x - z).norm(dim=1)
-    assert got == pytest.approx(((v - x + z) ** 2).mean().item() + 1 - cos.mean().item(), rel=1e-5)
-    seen, model = [], lambda x_t, t, s, y: seen.append(y.tolist()) or x_t
-    model.config = SiTConfig(**TINY, num_classes=5)
-    for drop in (0, 1):
-        flow_loss(model, x[:4], y=torch.tensor([0, -1, 4, 2]), drop=drop)
-    assert seen == [[0, 5, 4, 2], [5, 5, 5, 5]]  # images without a label, and dropped ones
-
-def test_loss_falls_and_the_snippets_matter():
-    torch.manual_seed(0)
-    x = torch.from_numpy(glyphs(n=520, size=16)[0]).permute(0, 3, 1, 2).float() / 127.5 - 1
-    s = MemoryBank.build(thumbnail(x))[:]
-    model = SiT(SiTConfig(**CONFIGS["SiT-T/8"], input_size=16, in_channels=3, memory_dim=768))
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, betas=(0.9, 0.95))
-    for _ in range(150):
-        i = torch.randint(len(x), (64,))
-        flow_loss(model, x[i], s[i]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    def loss(s, model=model.eval()):
-        torch.manual_seed(1)
-        return flow_loss(model, x, s, drop=0).item()
-    mean = x.mean((2, 3), keepdim=True)  # the best that knows no shapes: each image in its own mean colour
-    flat = lambda x_t, t, s, y: (mean - x_t) / (1 - t[:, None, None, None]).clamp_min(0.05)
-    flat.config = model.config
-    right, shuffled, null = loss(s), loss(s.roll(1, 0)), loss(torch.zeros_like(s))
-    assert right < 0.35 * loss(s, flat) and right < 0.9 * null and null < 0.9 * shuffled
 
 def randomised(model):
+    """Random parameters everywhere, also where they start at zero; in eval mode."""
     torch.manual_seed(0)
-    for p in model.parameters():
-        nn.init.normal_(p, mean=float(p.ndim == 1), std=0.3 if p.ndim < 2 else p[0].numel() ** -0.5)
+    for parameter in model.parameters():
+        if parameter.ndim < 2:
+            nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.3)
+        else:
+            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
     return model.eval()
 
-@pytest.mark.parametrize("family", [
-    dict(num_classes=9, learn_sigma=True), dict(num_classes=9, swiglu=True, rmsnorm=True, rope=True),
-    dict(memory_dim=768, align_dim=768, swiglu=True, rmsnorm=True, rope=True, mlp_ratio=2.7),
-    dict(num_classes=9, qk_norm=True, hidden_size=1152, num_heads=16, depth=1)])
-def test_official_weights_are_known_by_their_names_and_shapes(family):
-    model = randomised(SiT(SiTConfig(**{**TINY, **dict(hidden_size=128, depth=4), **family})))
-    ema, x, t, s = model.state_dict(), torch.randn(2, 3, 8, 8), torch.rand(2), torch.randn(2, 768)
-    rest = dict(model={"x": x}, args=argparse.Namespace(lr=1e-4), config={"model": {}})
-    for source in (dict(rest, ema={f"_orig_mod.module.{k}": v for k, v in ema.items()}),
-                   dict(model={f"module.{k}": v for k, v in ema.items()}), ema):
-        torch.save(source, "official.pt")
-        assert torch.equal(load_sit("official.pt")(x, t, s), model(x, t, s))
-    refused(r"^1 weights do not fit this SiT: final_layer.linear.weight \(5, ", load_sit,
-            {**ema, "final_layer.linear.weight": torch.ones(5, 128)})
 
-def test_autoencoder_in_both_key_formats_and_against_plain_formulas():
-    model = randomised(AutoencoderKL(4, (32, 64, 64), 1, attn=(2,)))
-    w, z, x = model.state_dict(), torch.randn(2, 4, 4, 4), torch.rand(2, 3, 16, 16) * 2 - 1
-    torch.save({"state_dict": w | {"loss.logvar": x, "foundation_model.bias": x}}, "ldm.ckpt")
-    sources = ["ldm.ckpt", {}, {}]  # and in the format of diffusers, of today and older
-    pairs = ("down.:down_blocks. up.0:up_blocks.2 up.1:up_blocks.1 up.2:up_blocks.0 block.:resnets. "
-             "mid.:mid_block. block_1:resnets.0 block_2:resnets.1 attn_1:attentions.0 attn.:attentions. "
-             "norm_out:conv_norm_out downsample:downsamplers.0 upsample:upsamplers.0 nin_:conv_")
-    for d, names in zip(sources[1:], (" norm.:group_norm. q.:to_q. k.:to_k. v.:to_v. proj_out.:to_out.0.",
-                                      " norm.:group_norm. q.:query. k.:key. v.:value. proj_out.:proj_attn.")):
-        for key, v in w.items():
-            k = key
-            for pair in (pairs + names * (".attn" in key)).split():
-                k = k.replace(*(f".{part}" for part in pair.split(":")))
-            d[k] = v[..., 0, 0] if ".attn" in key and v.ndim == 4 else v
-    both_ways = lambda model: (model.encode(x)[1], model.decode(z))
-    for source in sources:
-        assert all(map(torch.equal, both_ways(load_autoencoder(source)), both_ways(model)))
-    at, level, h = model.encoder.mid[1], model.encoder.down[1], torch.randn(1, 64, 6, 6)
-    n = F.group_norm(h, 32, at.norm.weight, at.norm.bias, 1e-6).reshape(64, 36)
-    q, k, v = (c.weight[..., 0, 0] @ n + c.bias[:, None] for c in (at.q, at.k, at.v))
-    want = at.proj_out.weight[..., 0, 0] @ (v @ torch.softmax(k.T @ q / 8, dim=0)) + at.proj_out.bias[:, None]
-    assert torch.allclose(at(h), h + want.reshape(h.shape), atol=1e-5)
-    level.block, conv = nn.ModuleList(), level.downsample["conv"]  # padded at the right and below only
-    want = torch.einsum("oikl,ikl->o", conv.weight, F.pad(h, (0, 1, 0, 1))[0, :, 2:5, 4:7]) + conv.bias
-    assert torch.allclose(level(h)[0, :, 1, 2], want, atol=1e-5)
+def features(n=700, d=96, seed=0):
+    """(n, d) unit-norm rows whose variances fall, direction by direction, with a mean."""
+    generator = torch.Generator().manual_seed(seed)
+    spread = torch.randn(n, d, generator=generator) * 0.9 ** torch.arange(d)
+    turned = spread @ torch.randn(d, d, generator=generator)
+    return F.normalize(turned + 1, dim=1)
+
+
+# ========================================================================================= model.py
+
+
+# ---------------------------------------------------------------------------------- helpers
+
+
+def tiny_sit(**settings):
+    """A network of 4 x 4 tokens; settings replace those of TINY, or add to them."""
+    return SiT(SiTConfig(**{**TINY, **settings}))
+
+
+def with_weights_of(network, other):
+    """The network with the parameters and buffers that the other one has under the same names."""
+    own = network.state_dict()
+    shared = {key: value for key, value in other.state_dict().items() if key in own}
+    network.load_state_dict({**own, **shared})
+    return network.eval()
+
+
+def linear(w, name, x):
+    """The linear layer `name` of the weights w, applied to x (..., n)."""
+    return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+
+def silu(x):
+    """x sigmoid(x)"""
+    return x / (1 + torch.exp(-x))
+
+
+def layer_norm(x):
+    """Over the last axis, without an affine map."""
+    mean = x.mean(dim=-1, keepdim=True)
+    variance = (x - mean).square().mean(dim=-1, keepdim=True)
+    return (x - mean) / (variance + 1e-6).sqrt()
+
+
+def gelu_tanh(x):
+    """GELU in its approximation by tanh."""
+    return x / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def softmax_attention(qkv, heads):
+    """softmax(q k' / sqrt(d)) v of each head; qkv (T, 3 h) -> (T, h), the heads side by side."""
+    q, k, v = qkv.chunk(3, dim=1)
+    d = q.shape[1] // heads
+    outputs = []
+    for head in range(heads):
+        columns = slice(head * d, (head + 1) * d)
+        weights = torch.softmax(q[:, columns] @ k[:, columns].T / math.sqrt(d), dim=1)
+        outputs.append(weights @ v[:, columns])
+    return torch.cat(outputs, dim=1)
+
+
+def cosine_over_channels(v, u):
+    """cos(v, u), (B, C, H, W) -> (B, H, W), as defined: without a bound at v = 0."""
+    return (v * u).sum(dim=1) / (v.norm(dim=1) * u.norm(dim=1))
+
+
+def paper_loss(v, x, z):
+    """|v - (x - z)|^2 + 1 - cos(v, x - z)"""
+    u = x - z
+    return ((v - u) ** 2).mean() + 1 - cosine_over_channels(v, u).mean()
+
+
+def draws_of_flow_loss(x, cond_drop_prob):
+    """What flow_loss draws after the same seed, in its order: times (B,), noise, kept images."""
+    t = torch.randn(len(x)).sigmoid()
+    z = torch.randn_like(x)
+    keep = torch.rand(len(x)) >= cond_drop_prob
+    return t, z, keep
+
+
+class StubNetwork:
+    """Stands in for a SiT: gives 2 x_t + s, one number of s a channel; keeps what it was shown."""
+
+    def __init__(self, **settings):
+        self.config = SiTConfig(**TINY, **settings)
+        self.snippets = []
+        self.labels = []
+
+    def __call__(self, x_t, t, s=None, y=None):
+        self.snippets.append(s)
+        self.labels.append(y)
+        if s is None:
+            return 2 * x_t
+        return 2 * x_t + s[:, :, None, None]
+
+
+# ---------------------------------------------------------------------------------- model
+
+SWITCHES = [
+    {},
+    {"swiglu": True},
+    {"rmsnorm": True},
+    {"predict_x": True},
+    {"rope": True},
+    {"qk_norm": True},
+    {"learn_sigma": True},
+    {"num_classes": 5},
+    {"memory_dim": 12},
+    {"memory_dim": 12, "memory_tokens": True},
+    {"memory_dim": 12, "num_classes": 5, "align_dim": 7, "align_depth": 1},
+    {
+        "swiglu": True,
+        "rmsnorm": True,
+        "rope": True,
+        "qk_norm": True,
+        "zero_init": False,
+        "memory_dim": 12,
+    },
+]
+
+
+def inputs_for(network):
+    """x (3, 3, 8, 8), t, s, y for a tiny network: what it has no condition for is None."""
+    x = torch.randn(3, 3, 8, 8)
+    t = torch.rand(3)
+    s = None
+    y = None
+    if network.config.memory_dim:
+        s = torch.randn(3, 12)
+    if network.config.num_classes:
+        y = torch.tensor([0, 4, 5])  # 5 is the null label
+    return x, t, s, y
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=str)
+def test_every_switch_gives_a_velocity_of_the_shape_of_x(switches):
+    network = randomised(tiny_sit(**switches)).train()
+    x, t, s, y = inputs_for(network)
+    v = network(x, t, s, y)
+    if network.config.align_dim:
+        v, tokens = v
+        assert tokens.shape == (3, 16, 7)
+    assert v.shape == x.shape
+    assert network.eval()(x, t, s, y).shape == x.shape
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=str)
+def test_every_switch_gives_every_parameter_a_gradient(switches):
+    network = randomised(tiny_sit(**switches)).train()
+    v = network(*inputs_for(network))
+    if network.config.align_dim:
+        v, tokens = v
+        (v.square().sum() + tokens.square().sum()).backward()
+    else:
+        v.square().sum().backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("switches", SWITCHES[:-1], ids=str)
+def test_adaln_zero_lets_the_network_give_nothing_at_first(switches):
+    network = tiny_sit(**switches).eval()
+    x, t, s, y = inputs_for(network)
+    want = torch.zeros_like(x)
+    if network.config.predict_x:
+        want = -x / (1 - t).clamp_min(0.05)[:, None, None, None]
+    assert torch.equal(network(x, t, s, y), want)
+
+
+def test_without_zero_init_the_network_gives_something_at_first():
+    network = tiny_sit(**SWITCHES[-1]).eval()
+    v = network(*inputs_for(network))
+    assert v.std() > 0.1
+
+
+def test_linear_layers_start_as_xavier_uniform_without_bias():
+    qkv = tiny_sit(hidden_size=128).blocks[0].attn.qkv
+    bound = math.sqrt(6 / (128 + 3 * 128))
+    assert bound * 0.99 < qkv.weight.abs().max() <= bound
+    assert qkv.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03)  # if uniform
+    assert qkv.bias.abs().max() == 0
+
+
+def test_the_patch_embedding_starts_as_a_linear_layer_of_flattened_patches():
+    weight = tiny_sit(hidden_size=128).x_embedder.proj.weight
+    bound = math.sqrt(6 / (3 * 2 * 2 + 128))
+    assert bound * 0.98 < weight.abs().max() <= bound
+
+
+def test_embeddings_of_time_and_label_start_with_a_std_of_a_fiftieth():
+    network = tiny_sit(hidden_size=128, num_classes=99)
+    for weight in (
+        network.t_embedder.mlp[0].weight,
+        network.t_embedder.mlp[2].weight,
+        network.y_embedder.embedding_table.weight,
+    ):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_sit_xl_2_has_the_size_of_the_official_one():
+    with torch.device("meta"):
+        network = SiT(SiTConfig(**CONFIGS["SiT-XL/2"], num_classes=1000, learn_sigma=True))
+    count = sum(p.numel() for p in network.parameters())
+    # The official 675,129,632 count the fixed position table, which is a buffer here.
+    assert count + network.pos_embed.numel() == 675_129_632
+
+
+def test_parameter_names_are_the_official_ones():
+    network = tiny_sit(
+        memory_dim=4,
+        num_classes=5,
+        swiglu=True,
+        rmsnorm=True,
+        rope=True,
+        qk_norm=True,
+        align_dim=4,
+        align_depth=1,
+    )
+    linear_of_network = [
+        "x_embedder.proj",
+        "t_embedder.mlp.0",
+        "t_embedder.mlp.2",
+        "condition_projection.linear",
+        "projector.0.0",
+        "projector.0.2",
+        "projector.0.4",
+        "final_layer.linear",
+        "final_layer.adaLN_modulation.1",
+    ]
+    linear_of_block = ["attn.qkv", "attn.proj", "mlp.w12", "mlp.w3", "adaLN_modulation.1"]
+    norms_of_block = ["norm1", "norm2", "attn.q_norm", "attn.k_norm"]
+    want = {
+        "pos_embed",
+        "feat_rope.freqs_cos",
+        "feat_rope.freqs_sin",
+        "final_layer.norm_final.weight",
+        "y_embedder.embedding_table.weight",
+    }
+    for name in linear_of_network:
+        want |= {f"{name}.weight", f"{name}.bias"}
+    for i in (0, 1):
+        for name in linear_of_block:
+            want |= {f"blocks.{i}.{name}.weight", f"blocks.{i}.{name}.bias"}
+        for name in norms_of_block:
+            want |= {f"blocks.{i}.{name}.weight"}
+    assert set(network.state_dict()) == want
+
+
+def patch_tokens(w, x):
+    """x (3, 8, 8) -> 16 tokens: each patch of 2 x 2 pixels against each filter of the embedding."""
+    tokens = []
+    for row in range(4):
+        for column in range(4):
+            patch = x[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+            product = (w["x_embedder.proj.weight"] * patch).sum(dim=(1, 2, 3))
+            tokens.append(product + w["x_embedder.proj.bias"])
+    return torch.stack(tokens)
+
+
+def image_of_tokens(tokens):
+    """16 tokens of 12 numbers -> (3, 8, 8): number 6 p + 3 q + c is row p, column q, channel c."""
+    image = torch.empty(3, 8, 8, dtype=tokens.dtype)
+    for row, column, p, q in np.ndindex(4, 4, 2, 2):
+        for channel in range(3):
+            number = tokens[4 * row + column, 6 * p + 3 * q + channel]
+            image[channel, 2 * row + p, 2 * column + q] = number
+    return image
+
+
+def turned(vector, row, column):
+    """The rotary embedding of a head's vector (16,): of its eight pairs of numbers the first four
+    are turned by angles that grow with the row, the last four by such that grow with the column."""
+    result = torch.empty_like(vector)
+    for pair in range(8):
+        position = row if pair < 4 else column
+        angle = position * 10000 ** (-(pair % 4) / 4)
+        a = vector[2 * pair]
+        b = vector[2 * pair + 1]
+        result[2 * pair] = a * math.cos(angle) - b * math.sin(angle)
+        result[2 * pair + 1] = a * math.sin(angle) + b * math.cos(angle)
+    return result
+
+
+def with_rope(qkv):
+    """qkv (16, 96) of 4 x 4 tokens, the queries and keys of both heads turned."""
+    result = qkv.clone()
+    for token in range(16):
+        for first in (0, 16, 32, 48):  # of queries: head 0, head 1; of keys: head 0, head 1
+            columns = slice(first, first + 16)
+            result[token, columns] = turned(qkv[token, columns], token // 4, token % 4)
+    return result
+
+
+def plain_sit(w, x, t, s, rope):
+    """A SiT of one block and two heads, written out for one x (3, 8, 8), time t, snippet s."""
+    w_time = 10000 ** (-torch.arange(128).double() / 128)
+    time = torch.cat([torch.cos(t * w_time), torch.sin(t * w_time)])
+    time = linear(w, "t_embedder.mlp.2", silu(linear(w, "t_embedder.mlp.0", time)))
+    c = silu(time + linear(w, "condition_projection.linear", s))
+    h = patch_tokens(w, x) + w["pos_embed"][0]
+
+    modulation = linear(w, "blocks.0.adaLN_modulation.1", c)
+    shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6)
+    qkv = linear(w, "blocks.0.attn.qkv", layer_norm(h) * (1 + scale1) + shift1)
+    if rope:
+        qkv = with_rope(qkv)
+    h = h + gate1 * linear(w, "blocks.0.attn.proj", softmax_attention(qkv, heads=2))
+    inner = linear(w, "blocks.0.mlp.fc1", layer_norm(h) * (1 + scale2) + shift2)
+    h = h + gate2 * linear(w, "blocks.0.mlp.fc2", gelu_tanh(inner))
+
+    shift, scale = linear(w, "final_layer.adaLN_modulation.1", c).chunk(2)
+    return image_of_tokens(linear(w, "final_layer.linear", layer_norm(h) * (1 + scale) + shift))
+
+
+@pytest.mark.parametrize("rope", [False, True])
+def test_the_network_against_plain_formulas(rope):
+    network = randomised(tiny_sit(depth=1, memory_dim=12, rope=rope)).double()
+    x = torch.randn(1, 3, 8, 8).double()
+    t = torch.tensor([0.3]).double()
+    s = torch.randn(1, 12).double()
+    want = plain_sit(network.state_dict(), x[0], t[0], s[0], rope)
+    got = network(x, t, s)[0]
+    assert torch.allclose(got, want, atol=1e-6 * want.abs().max())
+
+
+def test_swiglu_is_the_gated_mlp_of_its_paper():  # W3 (silu(W1 x) * W2 x), arXiv 2002.05202
+    layer = randomised(SwiGLU(8, 5))
+    x = torch.randn(6, 8)
+    w1, w2 = layer.w12.weight.chunk(2)
+    b1, b2 = layer.w12.bias.chunk(2)
+    want = (silu(x @ w1.T + b1) * (x @ w2.T + b2)) @ layer.w3.weight.T + layer.w3.bias
+    assert torch.allclose(layer(x), want, atol=1e-5)
+
+
+def test_rmsnorm_divides_by_the_root_mean_square():
+    norm = randomised(tiny_sit(rmsnorm=True)).blocks[0].norm1
+    x = torch.randn(6, 32)
+    want = norm.weight * x / (x.square().mean(dim=1, keepdim=True) + 1e-6).sqrt()
+    assert torch.allclose(norm(x), want, atol=1e-5)
+
+
+def test_qk_norm_makes_attention_independent_of_the_scale_of_queries_and_keys():
+    attention = randomised(tiny_sit(qk_norm=True)).blocks[0].attn
+    x = torch.randn(1, 16, 32)
+    before = attention(x)
+    with torch.no_grad():  # of 96 outputs the first 32 are queries, the next 32 keys
+        attention.qkv.weight[:64] *= 10
+        attention.qkv.bias[:64] *= 10
+    assert torch.allclose(attention(x), before, atol=1e-4)
+
+
+@pytest.mark.parametrize("t", [0.0, 0.3, 0.99])
+def test_predict_x_is_the_velocity_that_leads_to_the_predicted_image(t):
+    plain = randomised(tiny_sit())
+    predicting = with_weights_of(tiny_sit(predict_x=True), plain)
+    x_t = torch.randn(2, 3, 8, 8)
+    times = torch.full((2,), t)
+    x = plain(x_t, times)
+    want = (x - x_t) / max(1 - t, 0.05)
+    assert torch.allclose(predicting(x_t, times), want, rtol=1e-4, atol=1e-4)
+
+
+def test_learn_sigma_uses_the_first_half_of_the_output_channels():
+    network = randomised(tiny_sit(learn_sigma=True))
+    plain = tiny_sit()
+    shared = network.state_dict()
+    for name in ("weight", "bias"):
+        value = shared[f"final_layer.linear.{name}"]
+        halves = value.unflatten(0, (4, 6))  # pixel of the patch, channel
+        shared[f"final_layer.linear.{name}"] = halves[:, :3].flatten(0, 1)
+    plain.load_state_dict(shared)
+    x = torch.randn(2, 3, 8, 8)
+    t = torch.rand(2)
+    assert torch.allclose(network(x, t), plain.eval()(x, t), atol=1e-5)
+
 
 @torch.no_grad()
-def test_dinov2_tokens_position_table_and_preprocessing():
-    w, x = randomised(DINOv2(128, 1, grid=5)).state_dict(), torch.randn(2, 3, 70, 70)  # the table's own grid
-    model, bias = load_dinov2({**w, "mask_token": torch.ones(1, 128)}), w["patch_embed.proj.bias"]
-    lin = lambda name, a: F.linear(a, w[f"blocks.0.{name}.weight"], w[f"blocks.0.{name}.bias"])
-    norm = lambda name, a: F.layer_norm(a, [128], w[name + ".weight"], w[name + ".bias"], 1e-6)
-    h = F.conv2d(x, w["patch_embed.proj.weight"], bias, 14).flatten(2).mT
-    h = torch.cat([w["cls_token"].expand(2, 1, 128), h], dim=1) + w["pos_embed"]
-    q, k, v = (a.unflatten(2, (2, 64)).transpose(1, 2)
-               for a in lin("attn.qkv", norm("blocks.0.norm1", h)).split(128, dim=2))
-    h = h + w["blocks.0.ls1.gamma"] * lin("attn.proj", ((q @ k.mT / 8).softmax(3) @ v).mT.flatten(1, 2).mT)
-    h = h + w["blocks.0.ls2.gamma"] * lin("mlp.fc2", F.gelu(lin("mlp.fc1", norm("blocks.0.norm2", h))))
-    assert torch.allclose(torch.cat([model(x)[0][:, None], model(x)[1]], 1), norm("norm", h), atol=1e-4)
-    model.blocks, model.norm = nn.Sequential(), nn.Identity()  # what is left: the positions
-    want = Image.fromarray(w["pos_embed"][0, 1:, 7].reshape(5, 5).numpy()).resize((3, 3), Image.BICUBIC)
-    assert np.allclose((model(torch.zeros(1, 3, 42, 42))[1][0] - bias)[:, 7], np.ravel(want), atol=1e-5)
-    images = torch.randint(0, 256, (1, 256, 256, 3), dtype=torch.uint8)
-    d = np.abs((np.arange(224)[:, None] + 0.5) * 256 / 224 - 0.5 - np.arange(256))
-    m = np.where(d < 1, 1.25 * d**3 - 2.25 * d**2 + 1, (-0.75 * d**3 + 3.75 * d**2 - 6 * d + 3) * (d < 2))
-    want = m @ ((images[0, ..., 2].numpy() / 255 - 0.406) / 0.225) @ m.T  # cubic convolution, a = -0.75
-    assert np.allclose(dinov2_features(lambda x: x, images)[0, 2, 3:-3, 3:-3], want[3:-3, 3:-3], atol=1e-3)
-    for load, known in (load_dinov2, ".*vits14"), (load_autoencoder, ".*sd-vae-ft-ema"), (load_sit, ""):
-        for source, message in ("nowhere", "nowhere is no file" + known), ({"a": x}, "no (DINO|auto|SiT)"):
-            refused(message, load, source)
+def test_memory_tokens_add_to_each_token_its_own_linear_map_of_the_snippet():
+    network = randomised(tiny_sit(memory_dim=12, memory_tokens=True)).double()
+    plain = with_weights_of(tiny_sit(memory_dim=12).double(), network)
+    x = torch.randn(2, 3, 8, 8).double()
+    t = torch.rand(2)
+    s = torch.randn(2, 12).double()
+    weight = network.token_projection.weight
+    bias = network.token_projection.bias
+    positions = network.pos_embed.clone()
+    got = network(x, t, s)
+    for image in range(2):
+        for token in range(16):
+            for i in range(32):
+                row = 32 * token + i
+                shift = (weight[row] * s[image]).sum() + bias[row]
+                plain.pos_embed[0, token, i] = positions[0, token, i] + shift
+        want = plain(x[image : image + 1], t[image : image + 1], s[image : image + 1])
+        assert torch.allclose(got[image], want[0], atol=1e-9 * want.abs().max())
 
-# ----------------------------------------------------------------------------- samplers
-def law(sampler, steps, **kw):
-    """Mean and variance of the samples when the data are N(MU, SIGMA^2), without sampling error: there
-    v = MU + a(t) (x - t MU) is linear, so x is carried as coefficients over (z, noise 1, noise 2, .., 1)."""
-    unit, calls = lambda i: F.one_hot(torch.tensor([i]), steps + 2).double(), iter(range(1, steps + 1))
-    def v(x, t):
-        t, mean = t[:, None], MU * unit(steps + 1)
-        a = (t * SIGMA ** 2 - (1 - t)) / (t ** 2 * SIGMA ** 2 + (1 - t) ** 2)
+
+@torch.no_grad()
+def test_with_memory_tokens_the_null_snippet_is_still_zeros():
+    network = randomised(tiny_sit(memory_dim=12, memory_tokens=True))
+    x = torch.randn(2, 3, 8, 8)
+    t = torch.rand(2)
+    assert torch.equal(network(x, t), network(x, t, torch.zeros(2, 12)))
+
+
+def centred_and_plain():
+    """Two networks of equal weights: one that centres snippets by a mean (12,), and one that does
+    not -> both, and the mean."""
+    centred = randomised(tiny_sit(memory_dim=12, memory_scale=3.0, memory_center=True))
+    plain = with_weights_of(tiny_sit(memory_dim=12, memory_scale=3.0), centred)
+    mean = torch.randn(12)
+    centred.memory_mean.copy_(mean)
+    return centred, plain, mean
+
+
+def test_a_centred_network_sees_the_snippet_less_the_mean():
+    centred, plain, mean = centred_and_plain()
+    x = torch.randn(2, 3, 8, 8)
+    t = torch.rand(2)
+    s = torch.randn(2, 12)
+    assert torch.allclose(centred(x, t, s), plain(x, t, s - mean), atol=1e-5)
+
+
+def test_a_centred_network_sees_the_null_snippet_as_zeros():
+    centred, plain, _ = centred_and_plain()
+    x = torch.randn(2, 3, 8, 8)
+    t = torch.rand(2)
+    assert torch.equal(centred(x, t), plain(x, t))
+    assert torch.equal(centred(x, t, torch.zeros(2, 12)), plain(x, t))
+
+
+def test_memory_scale_multiplies_the_snippet():
+    scaled = randomised(tiny_sit(memory_dim=12, memory_scale=3.0))
+    plain = with_weights_of(tiny_sit(memory_dim=12), scaled)
+    x = torch.randn(2, 3, 8, 8)
+    t = torch.rand(2)
+    s = torch.randn(2, 12)
+    assert torch.allclose(scaled(x, t, s), plain(x, t, 3 * s), atol=1e-5)
+
+
+def test_in_training_the_mask_zeroes_entries_and_divides_the_rest():
+    network = tiny_sit(memory_dim=1000, mask_ratio=0.4).train()
+    seen = network.shown_snippets(torch.ones(20, 1000))
+    masked = seen == 0
+    assert abs(masked.float().mean() - 0.4) < 0.02
+    assert torch.allclose(seen[~masked], torch.tensor(1 / 0.6))
+
+
+def test_in_sampling_nothing_is_masked():
+    network = tiny_sit(memory_dim=1000, mask_ratio=0.4).eval()
+    s = torch.randn(20, 1000)
+    assert torch.equal(network.shown_snippets(s), s)
+
+
+def test_no_label_is_the_null_label():
+    network = randomised(tiny_sit(num_classes=5))
+    x = torch.randn(2, 3, 8, 8)
+    t = torch.rand(2)
+    assert torch.equal(network(x, t), network(x, t, y=torch.tensor([5, 5])))
+    assert not torch.equal(network(x, t), network(x, t, y=torch.tensor([4, 4])))
+
+
+def test_position_table_is_the_official_one():
+    x, y = np.meshgrid(np.arange(4.0), np.arange(4.0))  # x first, as in DiT
+    w = 1 / 10000 ** (np.arange(8) / 8)
+    x_angle = np.outer(x.ravel(), w)
+    y_angle = np.outer(y.ravel(), w)
+    parts = [np.sin(x_angle), np.cos(x_angle), np.sin(y_angle), np.cos(y_angle)]
+    assert np.allclose(sincos_pos_embed(32, 4), np.concatenate(parts, axis=1), atol=1e-6)
+
+
+def rotated(rope, vector, row, column):
+    """The vector (16,), turned by the module as that of the token at row, column of 4 x 4."""
+    at_every_token = rope(vector.expand(16, 16))
+    return at_every_token[4 * row + column]
+
+
+@pytest.mark.parametrize("down, right", [(0, 1), (1, 0), (2, 1)])
+def test_rope_sees_relative_positions_only(down, right):
+    rope = tiny_sit(rope=True).feat_rope
+    q = torch.randn(16)
+    k = torch.randn(16)
+    at_corner = rotated(rope, q, 0, 0) @ rotated(rope, k, down, right)
+    inside = rotated(rope, q, 1, 2) @ rotated(rope, k, 1 + down, 2 + right)
+    assert torch.allclose(at_corner, inside, atol=1e-5)
+
+
+def test_rope_tells_rows_from_columns():
+    rope = tiny_sit(rope=True).feat_rope
+    torch.manual_seed(0)
+    q = torch.randn(16)
+    k = torch.randn(16)
+    to_the_right = rotated(rope, q, 0, 0) @ rotated(rope, k, 0, 1)
+    below = rotated(rope, q, 0, 0) @ rotated(rope, k, 1, 0)
+    assert not torch.allclose(to_the_right, below, atol=1e-3)
+
+
+def test_rope_turns_pairs_of_numbers_by_row_and_column():
+    rope = tiny_sit(rope=True).feat_rope
+    q = torch.randn(16)
+    assert torch.allclose(rotated(rope, q, 3, 2), turned(q, 3, 2), atol=1e-5)
+
+
+def test_projected_tokens_are_those_of_block_align_depth():
+    network = randomised(tiny_sit(depth=3, align_dim=7, align_depth=2)).train()
+    outputs = []
+    network.blocks[1].register_forward_hook(lambda block, given, output: outputs.append(output))
+    _, tokens = network(torch.randn(2, 3, 8, 8), torch.rand(2))
+    assert torch.equal(tokens, network.projector[0](outputs[0]))
+
+
+@pytest.mark.parametrize("input_size, patch_size", [(9, 2), (8, 3), (8, 16), (8, 0)])
+def test_an_input_size_that_is_no_multiple_of_the_patch_is_refused(input_size, patch_size):
+    message = f"input_size {input_size}: not a multiple of patch_size {patch_size}"
+    with pytest.raises(InputError, match=message):
+        SiTConfig(input_size=input_size, patch_size=patch_size)
+
+
+def test_a_hidden_size_that_is_no_multiple_of_the_heads_is_refused():
+    with pytest.raises(InputError, match="hidden_size 32: not a multiple of num_heads 3"):
+        SiTConfig(hidden_size=32, num_heads=3)
+
+
+# ---------------------------------------------------------------------------------- loss
+
+
+def test_loss_is_mse_plus_cosine_at_the_drawn_times_and_noise():
+    torch.manual_seed(0)
+    network = StubNetwork()
+    x = torch.randn(4000, 3, 8, 8)
+    s = F.normalize(torch.randn(4000, 3), dim=1)
+    torch.manual_seed(1)
+    got = flow_loss(network, x, s, cond_drop_prob=0.25).item()
+
+    torch.manual_seed(1)
+    t, z, keep = draws_of_flow_loss(x, cond_drop_prob=0.25)
+    t = t[:, None, None, None]
+    x_t = (1 - t) * z + t * x
+    shown = s * keep[:, None]
+    v = 2 * x_t + shown[:, :, None, None]
+    assert got == pytest.approx(paper_loss(v, x, z).item(), rel=1e-5)
+
+
+def test_dropped_images_see_the_null_snippet():
+    network = StubNetwork()
+    s = F.normalize(torch.randn(4000, 3), dim=1)
+    flow_loss(network, torch.randn(4000, 3, 8, 8), s, cond_drop_prob=0.25)
+    shown = network.snippets[0]
+    kept = shown.any(dim=1)
+    assert abs(kept.float().mean() - 0.75) < 0.03
+    assert torch.equal(shown[kept], s[kept])
+    assert torch.equal(shown[~kept], torch.zeros_like(s[~kept]))
+
+
+def test_without_drop_images_without_a_label_see_the_null_label():
+    network = StubNetwork(num_classes=5)
+    flow_loss(network, torch.randn(4, 3, 8, 8), y=torch.tensor([0, -1, 4, 2]), cond_drop_prob=0)
+    assert network.labels[0].tolist() == [0, 5, 4, 2]
+
+
+def test_dropped_images_see_the_null_label():
+    network = StubNetwork(num_classes=5)
+    flow_loss(network, torch.randn(4, 3, 8, 8), y=torch.tensor([0, -1, 4, 2]), cond_drop_prob=1)
+    assert network.labels[0].tolist() == [5, 5, 5, 5]
+
+
+def test_snippet_and_label_of_an_image_are_dropped_together():
+    network = StubNetwork(num_classes=5)
+    s = F.normalize(torch.randn(1000, 3), dim=1)
+    y = torch.zeros(1000, dtype=torch.long)
+    flow_loss(network, torch.randn(1000, 3, 8, 8), s, y, cond_drop_prob=0.5)
+    without_snippet = ~network.snippets[0].any(dim=1)
+    without_label = network.labels[0] == 5
+    assert torch.equal(without_snippet, without_label)
+    assert 400 < without_label.sum() < 600
+
+
+def test_alignment_adds_the_weighted_cosine_of_projected_tokens_and_targets():
+    network = randomised(tiny_sit(align_dim=7, align_depth=1)).train()
+    x = torch.randn(4, 3, 8, 8)
+    targets = torch.randn(4, 16, 7)
+    torch.manual_seed(1)
+    aligned = flow_loss(network, x, targets=targets, align=0.5).item()
+    torch.manual_seed(1)
+    unaligned = flow_loss(network, x).item()
+
+    torch.manual_seed(1)
+    t, z, _ = draws_of_flow_loss(x, cond_drop_prob=0.1)
+    x_t = (1 - t)[:, None, None, None] * z + t[:, None, None, None] * x
+    _, tokens = network(x_t, t)
+    cosine = (tokens * targets).sum(dim=2) / (tokens.norm(dim=2) * targets.norm(dim=2))
+    assert aligned == pytest.approx(unaligned - 0.5 * cosine.mean().item(), rel=1e-5)
+
+
+FRESH = {
+    "SiT": {"input_size": 32, "patch_size": 2, "memory_dim": 768},
+    "LightningDiT": {
+        "input_size": 16,
+        "patch_size": 1,
+        "memory_dim": 768,
+        "swiglu": True,
+        "rmsnorm": True,
+        "rope": True,
+    },
+    "SiT that predicts x": {
+        "input_size": 32,
+        "patch_size": 4,
+        "memory_dim": 768,
+        "memory_tokens": True,
+        "predict_x": True,
+    },
+}
+
+
+def fresh_loss(name):
+    """A network of S's width and two blocks as initialised, and its first loss -> the network, the
+    loss, and what was drawn for it: data x, times t, noise z."""
+    torch.manual_seed(0)
+    network = SiT(SiTConfig(hidden_size=384, depth=2, num_heads=6, **FRESH[name])).train()
+    size = network.config.input_size
+    x = torch.randn(8, 4, size, size)
+    s = F.normalize(torch.randn(8, 768), dim=1)
+    torch.manual_seed(1)
+    loss = flow_loss(network, x, s)
+    torch.manual_seed(1)
+    t, z, _ = draws_of_flow_loss(x, cond_drop_prob=0.1)
+    return network, loss, x, t, z
+
+
+@pytest.mark.parametrize("name", FRESH)
+def test_the_first_gradient_is_not_huge(name):
+    network, loss, _, _, _ = fresh_loss(name)
+    loss.backward()
+    squares = 0.0
+    for parameter in network.parameters():
+        squares += parameter.grad.square().sum().item()
+    norm = math.sqrt(squares)
+    assert 0.1 < norm < 100
+
+
+@pytest.mark.parametrize("name", ["SiT", "LightningDiT"])
+def test_the_first_loss_of_a_network_at_zero_is_that_of_no_velocity(name):
+    _, loss, x, _, z = fresh_loss(name)
+    want = (x - z).square().mean() + 1  # the cosine with nothing counts as 0
+    assert loss.item() == pytest.approx(want.item(), rel=1e-6)
+
+
+def test_where_v_is_not_tiny_the_loss_is_that_of_the_paper():
+    _, loss, x, t, z = fresh_loss("SiT that predicts x")
+    t = t[:, None, None, None]
+    x_t = (1 - t) * z + t * x
+    v = -x_t / (1 - t).clamp_min(0.05)  # at first the network gives x = 0
+    assert (v.norm(dim=1) * (x - z).norm(dim=1)).min() > 0.03
+    assert loss.item() == pytest.approx(paper_loss(v, x, z).item(), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def losses_on_glyphs():
+    """Losses by name of a SiT-T/8 after 100 steps: with each image's own snippet, with another
+    image's, with the null snippet; and of a guess that gives each image in its mean colour."""
+    torch.manual_seed(0)
+    images, _ = glyphs(n=520, size=16)
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    s = MemoryBank.build(thumbnail(x))[:]
+    network = SiT(SiTConfig(**CONFIGS["SiT-T/8"], input_size=16, in_channels=3, memory_dim=768))
+    optimizer = torch.optim.AdamW(network.parameters(), 1e-3, betas=(0.9, 0.95))
+    for _ in range(100):
+        rows = torch.randint(len(x), (32,))
+        flow_loss(network, x[rows], s[rows]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    network.eval()
+    mean_colour = x.mean(dim=(2, 3), keepdim=True)
+
+    def flat(x_t, t, s, y):
+        """The best velocity that knows no shapes."""
+        return (mean_colour - x_t) / (1 - t[:, None, None, None]).clamp_min(0.05)
+
+    @torch.no_grad()
+    def loss(network, s):
+        torch.manual_seed(1)
+        return flow_loss(network, x, s, cond_drop_prob=0).item()
+
+    return {
+        "own": loss(network, s),
+        "shuffled": loss(network, s.roll(1, 0)),
+        "null": loss(network, torch.zeros_like(s)),
+        "flat": loss(flat, s),
+    }
+
+
+def test_the_loss_falls_below_a_guess_without_shapes(losses_on_glyphs):
+    assert losses_on_glyphs["own"] < 0.35 * losses_on_glyphs["flat"]
+
+
+def test_the_own_snippet_is_better_than_none(losses_on_glyphs):
+    assert losses_on_glyphs["own"] < 0.9 * losses_on_glyphs["null"]
+
+
+def test_no_snippet_is_better_than_that_of_another_image(losses_on_glyphs):
+    assert losses_on_glyphs["null"] < 0.9 * losses_on_glyphs["shuffled"]
+
+
+# ---------------------------------------------------------------------------- official weights
+
+FAMILIES = {
+    "SiT": {"num_classes": 9, "learn_sigma": True},
+    "LightningDiT": {"num_classes": 9, "swiglu": True, "rmsnorm": True, "rope": True},
+    "GMem": {
+        "memory_dim": 768,
+        "align_dim": 768,
+        "swiglu": True,
+        "rmsnorm": True,
+        "rope": True,
+        "mlp_ratio": 2.7,
+    },
+    "XL, with norms of q and k": {
+        "num_classes": 9,
+        "qk_norm": True,
+        "hidden_size": 1152,
+        "num_heads": 16,
+        "depth": 1,
+    },
+}
+
+
+def family_network(family):
+    """A network of one of FAMILIES: four blocks, heads of 64 numbers."""
+    return randomised(tiny_sit(**{"hidden_size": 128, "depth": 4, **FAMILIES[family]}))
+
+
+def official_file(weights, form):
+    """What an official checkpoint holds. form: "ema", with training state and the prefixes of DDP
+    and torch.compile; "model", with DDP's; "weights", nothing else."""
+    if form == "ema":
+        return {
+            "ema": {f"_orig_mod.module.{key}": value for key, value in weights.items()},
+            "model": {"x": torch.randn(2, 3, 8, 8)},
+            "args": argparse.Namespace(lr=1e-4),
+            "config": {"model": {}},
+        }
+    if form == "model":
+        return {"model": {f"module.{key}": value for key, value in weights.items()}}
+    return weights
+
+
+@pytest.mark.parametrize("form", ["ema", "model", "weights"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_official_weights_are_known_by_their_names_and_shapes(family, form):
+    network = family_network(family)
+    torch.save(official_file(network.state_dict(), form), "official.pt")
+    loaded = load_sit("official.pt")
+    x = torch.randn(2, 3, 8, 8)
+    t = torch.rand(2)
+    s = torch.randn(2, 768)
+    y = torch.tensor([3, 8])
+    assert torch.equal(loaded(x, t, s), network(x, t, s))
+    assert torch.equal(loaded(x, t, s, y), network(x, t, s, y))
+
+
+def test_a_gmem_checkpoint_of_two_blocks_with_a_projector_is_loaded():
+    network = randomised(tiny_sit(hidden_size=128, memory_dim=12, align_dim=7, align_depth=2))
+    loaded = load_sit(network.state_dict())
+    assert loaded.config.depth == 2
+    assert loaded.config.align_depth == 2  # four, as in GMem, where there are as many blocks
+    x = torch.randn(2, 3, 8, 8)
+    t = torch.rand(2)
+    s = torch.randn(2, 12)
+    assert torch.equal(loaded(x, t, s), network(x, t, s))
+    _, tokens = loaded.train()(x, t, s)
+    assert tokens.shape == (2, 16, 7)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_weight_of_another_shape_is_named_with_both_shapes(family):
+    network = family_network(family)
+    weights = network.state_dict()
+    rows, width = weights["final_layer.linear.weight"].shape
+    message = (
+        r"^1 weights do not fit this SiT: final_layer.linear.weight "
+        rf"\(5, 128\), expected \({rows}, {width}\)$"
+    )
+    with pytest.raises(InputError, match=message):
+        load_sit({**weights, "final_layer.linear.weight": torch.ones(5, 128)})
+
+
+def test_weights_that_are_missing_or_unknown_are_named():
+    weights = family_network("SiT").state_dict()
+    del weights["blocks.3.attn.proj.bias"]
+    weights["blocks.3.attn.proj.extra"] = torch.ones(2)
+    with pytest.raises(InputError) as error:
+        load_sit(weights)
+    message = str(error.value)
+    assert message.startswith("2 weights do not fit this SiT: ")
+    assert "blocks.3.attn.proj.bias missing, expected (128,)" in message
+    assert "blocks.3.attn.proj.extra (2,), expected none" in message
+
+
+@pytest.mark.parametrize(
+    "load, known",
+    [(load_dinov2, "dinov2_vits14"), (load_autoencoder, "sd-vae-ft-ema"), (load_sit, "")],
+)
+def test_a_file_that_is_not_there_is_named_with_the_known_names(load, known):
+    with pytest.raises(InputError, match=f"nowhere is no file.*{known}"):
+        load("nowhere")
+
+
+@pytest.mark.parametrize(
+    "load, kind",
+    [(load_dinov2, "DINOv2"), (load_autoencoder, "autoencoder"), (load_sit, "SiT")],
+)
+def test_weights_of_something_else_are_refused(load, kind):
+    with pytest.raises(InputError, match=f"no {kind}"):
+        load({"a": torch.ones(2)})
+
+
+# ---------------------------------------------------------------------------------- autoencoder
+
+# Names of the LDM code -> of diffusers, applied to a key in this order; levels of a decoder count
+# from the finest in LDM's, from the coarsest in diffusers'.
+DIFFUSERS_NAMES = {
+    ".down.": ".down_blocks.",
+    ".up.0": ".up_blocks.2",
+    ".up.1": ".up_blocks.1",
+    ".up.2": ".up_blocks.0",
+    ".block.": ".resnets.",
+    ".mid.": ".mid_block.",
+    ".block_1": ".resnets.0",
+    ".block_2": ".resnets.1",
+    ".attn_1": ".attentions.0",
+    ".attn.": ".attentions.",
+    ".norm_out": ".conv_norm_out",
+    ".downsample": ".downsamplers.0",
+    ".upsample": ".upsamplers.0",
+    ".nin_": ".conv_",
+}
+# In attention, of today and older.
+DIFFUSERS_ATTENTION_NAMES = {
+    "diffusers": {
+        ".norm.": ".group_norm.",
+        ".q.": ".to_q.",
+        ".k.": ".to_k.",
+        ".v.": ".to_v.",
+        ".proj_out.": ".to_out.0.",
+    },
+    "older diffusers": {
+        ".norm.": ".group_norm.",
+        ".q.": ".query.",
+        ".k.": ".key.",
+        ".v.": ".value.",
+        ".proj_out.": ".proj_attn.",
+    },
+}
+
+
+def small_autoencoder():
+    """Three levels, the last one with attention: a factor of 4."""
+    return randomised(AutoencoderKL(4, (32, 64, 64), 1, (2,)))
+
+
+def diffusers_weights(weights, attention_names):
+    """A state dict of this code, with LDM's names -> one as diffusers saves it."""
+    renamed = {}
+    for key, value in weights.items():
+        names = dict(DIFFUSERS_NAMES)
+        if ".attn" in key:
+            names.update(attention_names)
+            if value.ndim == 4:  # a convolution of 1 x 1 there, a linear layer in diffusers
+                value = value[:, :, 0, 0]
+        for old, new in names.items():
+            key = key.replace(old, new)
+        renamed[key] = value
+    return renamed
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["LDM", *DIFFUSERS_ATTENTION_NAMES])
+def test_autoencoder_weights_are_loaded_in_the_key_formats_of_ldm_and_diffusers(form):
+    network = small_autoencoder()
+    if form == "LDM":  # a file, with parts that are of the training only
+        training = {"loss.logvar": torch.ones(2), "foundation_model.bias": torch.ones(2)}
+        torch.save({"state_dict": {**network.state_dict(), **training}}, "ldm.ckpt")
+        source = "ldm.ckpt"
+    else:
+        source = diffusers_weights(network.state_dict(), DIFFUSERS_ATTENTION_NAMES[form])
+        assert "encoder.mid_block.attentions.0.group_norm.weight" in source
+        assert "decoder.up_blocks.0.upsamplers.0.conv.weight" in source
+    loaded = load_autoencoder(source)
+    x = torch.rand(2, 3, 16, 16) * 2 - 1
+    z = torch.randn(2, 4, 4, 4)
+    mean, log_variance = network.encode(x)
+    loaded_mean, loaded_log_variance = loaded.encode(x)
+    assert mean.shape == z.shape
+    assert torch.equal(loaded_mean, mean)
+    assert torch.equal(loaded_log_variance, log_variance)
+    assert torch.equal(loaded.decode(z), network.decode(z))
+
+
+@torch.no_grad()
+def test_attention_of_the_autoencoder_against_plain_formulas():
+    layer = small_autoencoder().encoder.mid.attn_1
+    h = torch.randn(1, 64, 6, 6)
+    n = F.group_norm(h, 32, layer.norm.weight, layer.norm.bias, 1e-6).reshape(64, 36)
+    q = layer.q.weight[:, :, 0, 0] @ n + layer.q.bias[:, None]
+    k = layer.k.weight[:, :, 0, 0] @ n + layer.k.bias[:, None]
+    v = layer.v.weight[:, :, 0, 0] @ n + layer.v.bias[:, None]
+    mixed = v @ torch.softmax(k.T @ q / 8, dim=0)  # 8 = sqrt(64)
+    want = layer.proj_out.weight[:, :, 0, 0] @ mixed + layer.proj_out.bias[:, None]
+    assert torch.allclose(layer(h), h + want.reshape(h.shape), atol=1e-5)
+
+
+@torch.no_grad()
+def test_downsampling_pads_at_the_right_and_below_only():
+    level = small_autoencoder().encoder.down[1]
+    level.block = nn.ModuleList()
+    level.attn = nn.ModuleList()
+    conv = level.downsample.conv
+    h = torch.randn(1, 64, 6, 6)
+    padded = F.pad(h, (0, 1, 0, 1))[0]
+    out = level(h)[0]
+    assert out.shape == (64, 3, 3)
+    for row, column in np.ndindex(3, 3):
+        window = padded[:, 2 * row : 2 * row + 3, 2 * column : 2 * column + 3]
+        want = (conv.weight * window).sum(dim=(1, 2, 3)) + conv.bias
+        assert torch.allclose(out[:, row, column], want, atol=1e-5)
+
+
+@torch.no_grad()
+def test_upsampling_repeats_pixels_before_its_convolution():
+    level = small_autoencoder().decoder.up[1]
+    level.block = nn.ModuleList()
+    level.attn = nn.ModuleList()
+    conv = level.upsample.conv
+    h = torch.randn(1, 64, 3, 3)
+    repeated = h[0].repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
+    window = repeated[:, 1:4, 2:5]  # around pixel (2, 3)
+    want = (conv.weight * window).sum(dim=(1, 2, 3)) + conv.bias
+    out = level(h)[0]
+    assert out.shape == (64, 6, 6)
+    assert torch.allclose(out[:, 2, 3], want, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------- DINOv2
+
+
+def dinov2_norm(w, name, x):
+    """The layer norm `name` of the weights w."""
+    return F.layer_norm(x, [128], w[f"{name}.weight"], w[f"{name}.bias"], 1e-6)
+
+
+@torch.no_grad()
+def test_dinov2_against_plain_formulas():
+    w = randomised(DINOv2(128, 1, grid=5)).state_dict()
+    network = load_dinov2({**w, "mask_token": torch.ones(1, 128)})
+    x = torch.randn(2, 3, 70, 70)  # 5 x 5 patches: the position table's own grid
+    classes, patches = network(x)
+    for image in range(2):
+        h = F.conv2d(x[image], w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], 14)
+        h = torch.cat([w["cls_token"][0], h.flatten(1).T]) + w["pos_embed"][0]
+        qkv = linear(w, "blocks.0.attn.qkv", dinov2_norm(w, "blocks.0.norm1", h))
+        attended = linear(w, "blocks.0.attn.proj", softmax_attention(qkv, heads=2))
+        h = h + w["blocks.0.ls1.gamma"] * attended
+        inner = F.gelu(linear(w, "blocks.0.mlp.fc1", dinov2_norm(w, "blocks.0.norm2", h)))
+        h = h + w["blocks.0.ls2.gamma"] * linear(w, "blocks.0.mlp.fc2", inner)
+        want = dinov2_norm(w, "norm", h)
+        assert torch.allclose(classes[image], want[0], atol=1e-4)
+        assert torch.allclose(patches[image], want[1:], atol=1e-4)
+
+
+@torch.no_grad()
+def test_dinov2_resamples_its_position_table_as_pillow_does():  # bicubic, antialiased
+    network = randomised(DINOv2(128, 1, grid=5))
+    network.blocks = nn.Sequential()  # what is left: the positions, and the bias of the patches
+    network.norm = nn.Identity()
+    _, patches = network(torch.zeros(1, 3, 42, 42))
+    got = patches[0] - network.patch_embed.proj.bias
+    table = network.pos_embed[0, 1:, 7].reshape(5, 5).numpy()
+    want = Image.fromarray(table).resize((3, 3), Image.BICUBIC)
+    assert np.allclose(got[:, 7], np.ravel(want), atol=1e-5)
+
+
+def cubic_convolution(size, new_size):
+    """The matrix (new_size, size) of bicubic resampling without antialiasing, a = -0.75."""
+    center = (np.arange(new_size) + 0.5) * size / new_size - 0.5
+    d = np.abs(center[:, None] - np.arange(size))
+    near = 1.25 * d**3 - 2.25 * d**2 + 1
+    far = -0.75 * d**3 + 3.75 * d**2 - 6 * d + 3
+    return np.where(d < 1, near, np.where(d < 2, far, 0))
+
+
+@pytest.mark.parametrize(
+    "channel, mean, std", [(0, 0.485, 0.229), (1, 0.456, 0.224), (2, 0.406, 0.225)]
+)
+def test_dinov2_sees_images_normalised_and_resized_to_224_pixels(channel, mean, std):
+    images = torch.randint(0, 256, (1, 3, 256, 256), dtype=torch.uint8)
+    seen = dinov2_features(nn.Identity(), images)
+    assert seen.shape == (1, 3, 224, 224)
+    matrix = cubic_convolution(256, 224)
+    want = matrix @ ((images[0, channel].numpy() / 255 - mean) / std) @ matrix.T
+    inside = slice(3, -3)  # at the border pixels are repeated
+    assert np.allclose(seen[0, channel, inside, inside], want[inside, inside], atol=1e-3)
+
+
+@pytest.mark.parametrize("size, seen_size", [(32, 224), (256, 224), (512, 448)])
+def test_dinov2_sees_224_pixels_for_every_256(size, seen_size):
+    images = torch.zeros(1, 3, size, size, dtype=torch.uint8)
+    seen = dinov2_features(nn.Identity(), images)
+    assert seen.shape == (1, 3, seen_size, seen_size)
+
+
+# ---------------------------------------------------------------------------------- samplers
+
+MU = 0.7  # mean and standard deviation of the data that samplers are given
+SIGMA = 0.4
+
+
+class GaussianFlow:
+    """Where the data are N(MU, SIGMA^2), the velocity is linear in x:
+
+        v(x, t) = MU + a(t) (x - t MU),  a(t) = (t SIGMA^2 - (1 - t)) / (t^2 SIGMA^2 + (1 - t)^2)
+
+    So a sample is a sum over z, the noises of the steps, and 1. x (1, steps + 2) holds the
+    coefficients of that sum: the law of the samples is known without sampling error."""
+
+    def __init__(self, steps):
+        self.steps = steps
+        self.noises = 0
+
+    def unit(self, i):
+        """The coefficients of one term alone: 0 is z, then come the noises, and last is 1."""
+        coefficients = torch.zeros(1, self.steps + 2, dtype=torch.float64)
+        coefficients[0, i] = 1
+        return coefficients
+
+    def noise(self, x):
+        """The next step's noise."""
+        self.noises += 1
+        return self.unit(self.noises)
+
+    def velocity(self, x, t):
+        t = t[:, None]
+        mean = MU * self.unit(self.steps + 1)
+        a = (t * SIGMA**2 - (1 - t)) / (t**2 * SIGMA**2 + (1 - t) ** 2)
         return mean + a * (x - t * mean)
-    kw |= dict(last_step=1e-4, noise=lambda x: unit(next(calls))) if sampler is sde else {}
-    x = sampler(v, unit(0), steps, **kw)[0]
-    return x[-1].item(), x[:-1].square().sum().item()
 
-@pytest.mark.parametrize("sampler, method, order",
-                         [(ode, "euler", 1), (ode, "heun", 2), (sde, "euler", 1), (sde, "heun", 1)])
-def test_samplers_reach_a_gaussian_with_their_order(sampler, method, order):
-    n, k = 200, 4
-    coarse, fine = ([abs(got - want) for got, want in zip(law(sampler, m, method=method), (MU, SIGMA ** 2))]
-                    for m in (n, k * n))
-    assert max(fine) < 2e-3 and order - 0.15 < np.log(coarse[1] / fine[1]) / np.log(k) < order + 0.5
+
+def law_errors(sampler, method, steps):
+    """How far mean and variance of the sampler's samples are from MU and SIGMA^2."""
+    flow = GaussianFlow(steps)
+    if sampler is sde:
+        x = sde(flow.velocity, flow.unit(0), steps, method, noise=flow.noise, last_step=1e-4)
+        assert flow.noises == steps
+    else:
+        x = ode(flow.velocity, flow.unit(0), steps, method)
+    mean = x[0, -1].item()
+    variance = x[0, :-1].square().sum().item()
+    return abs(mean - MU), abs(variance - SIGMA**2)
+
+
+SAMPLERS = [(ode, "euler", 1), (ode, "heun", 2), (sde, "euler", 1), (sde, "heun", 1)]
+
+
+@pytest.mark.parametrize("sampler, method, order", SAMPLERS)
+def test_samplers_reach_a_gaussian(sampler, method, order):
+    mean_error, variance_error = law_errors(sampler, method, steps=800)
+    assert mean_error < 2e-3
+    assert variance_error < 2e-3
+
+
+@pytest.mark.parametrize("sampler, method, order", SAMPLERS)
+def test_samplers_have_their_order(sampler, method, order):
+    _, coarse = law_errors(sampler, method, steps=200)
+    _, fine = law_errors(sampler, method, steps=800)
+    measured = math.log(coarse / fine) / math.log(4)
+    assert order - 0.15 < measured < order + 0.5
+
+
+class RecordedVelocity:
+    """v(x, t) = factor x of a single number; keeps the times and places that it was asked for."""
+
+    def __init__(self, factor):
+        self.factor = factor
+        self.times = []
+        self.places = []
+
+    def __call__(self, x, t):
+        self.times.append(t.item())
+        self.places.append(x.item())
+        return self.factor * x
+
 
 @pytest.mark.parametrize("method, calls", [("euler", 11), ("heun", 21)])
-def test_the_sde_ends_with_a_step_without_noise(method, calls):
-    # where v is zero, dx = -x dt + noise: the last step multiplies by 1 - 0.004
-    seen, v = [], lambda x, t: seen.append((t.item(), x.item())) or torch.zeros_like(x)
+def test_the_sde_makes_its_steps_and_a_last_one_of_one_evaluation(method, calls):
+    v = RecordedVelocity(factor=0)
+    sde(v, torch.ones(1, 1, dtype=torch.float64), 10, method)
+    assert len(v.times) == calls
+    assert v.times[-1] == pytest.approx(0.996)
+
+
+@pytest.mark.parametrize("method", ["euler", "heun"])
+def test_the_last_step_of_the_sde_has_no_noise(method):
+    v = RecordedVelocity(factor=0)  # dx = -x dt + noise: the last step multiplies by 1 - 0.004
     x = sde(v, torch.ones(1, 1, dtype=torch.float64), 10, method)
-    t, before = seen[-1]
-    assert len(seen) == calls and t == pytest.approx(0.996) and x.item() == pytest.approx(0.996 * before)
+    assert x.item() == pytest.approx(0.996 * v.places[-1])
 
-def test_time_shift_is_the_official_map():
-    for method, points in ("euler", (0, 0.25, 0.5, 0.75)), ("heun", (0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75)):
-        seen, z = [], torch.zeros(1, 1, dtype=torch.float64)  # t = 1 is never asked for
-        ode(lambda x, t: seen.append(t.item()) or x, z, 4, method, shift=0.3)
-        assert np.allclose(seen, [0.3 * t / (1 - 0.7 * t) for t in points])
 
-def test_guidance_acts_in_its_interval_only_and_costs_nothing_outside():
-    sizes, model = [], lambda x, t, s, y: sizes.append(len(x)) or y.double()[:, None] + s.sum(1, keepdim=True)
-    model.config = SiTConfig(**TINY, num_classes=5)
-    s, y = torch.ones(2, 3, dtype=torch.float64), torch.tensor([1, 2])
-    v = guided(model, s, y, cfg=2.5, interval=(0.3, 0.7))
-    at = lambda t: v(torch.zeros(2, 1), torch.full((2,), t)).flatten()  # in float32 0.7 is less than 0.7
-    plain = torch.tensor([4, 5]).double()
-    assert torch.equal(at(0.29), plain) and torch.equal(at(0.71), plain) and sizes == [2, 2]
-    for t in (0.3, 0.5, 0.7):  # null: label 5, s = 0
-        assert torch.allclose(at(t).double(), 5 + 2.5 * (plain - 5)) and sizes.pop() == 4
+POINTS = {  # where four steps evaluate the velocity; t = 1 is never asked for
+    "euler": [0, 0.25, 0.5, 0.75],
+    "heun": [0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75],
+}
 
-# ----------------------------------------------------------------------------- memory
-def features(n=700, d=96, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    f = torch.randn(n, d, generator=g) * 0.9 ** torch.arange(d) @ torch.randn(d, d, generator=g)
-    return F.normalize(f + 1, dim=1)
 
-@pytest.mark.parametrize("kind", ["plain", "repeated rows", "fewer rows than numbers", "constant columns"])
-def test_bank_is_the_truncated_svd(kind):
+@pytest.mark.parametrize("method", POINTS)
+def test_the_ode_has_uniform_times_and_ends_with_an_euler_step(method):
+    v = RecordedVelocity(factor=1)
+    ode(v, torch.zeros(1, 1, dtype=torch.float64), 4, method)
+    assert np.allclose(v.times, POINTS[method])
+
+
+@pytest.mark.parametrize("method", POINTS)
+def test_time_shift_is_the_official_map(method):
+    v = RecordedVelocity(factor=1)
+    ode(v, torch.zeros(1, 1, dtype=torch.float64), 4, method, shift=0.3)
+    want = [0.3 * t / (1 + (0.3 - 1) * t) for t in POINTS[method]]
+    assert np.allclose(v.times, want)
+
+
+@pytest.mark.parametrize("sampler", [ode, sde])
+def test_an_unknown_method_is_refused_with_the_known_ones(sampler):
+    with pytest.raises(ValueError, match="unknown method huen; known: euler, heun"):
+        sampler(RecordedVelocity(factor=1), torch.zeros(1, 1), 4, method="huen")
+
+
+class GuidedNetwork:
+    """Stands in for a network: gives label + sum of the snippet; keeps the sizes of its batches."""
+
+    def __init__(self):
+        self.config = SiTConfig(**TINY, num_classes=5)
+        self.sizes = []
+
+    def __call__(self, x, t, s, y):
+        self.sizes.append(len(x))
+        return y.double()[:, None] + s.sum(dim=1, keepdim=True)
+
+
+def guided_velocity(t, cfg, interval):
+    """What guided gives at time t for labels 1 and 2 and snippets of sum 3: unguided 4 and 5, with
+    the null condition 5 and 5 -> velocities (2,), sizes of the batches that the network saw."""
+    network = GuidedNetwork()
+    s = torch.ones(2, 3, dtype=torch.float64)
+    v = guided(network, s, torch.tensor([1, 2]), cfg, interval)
+    velocity = v(torch.zeros(2, 1), torch.full((2,), t))
+    return velocity.flatten().double(), network.sizes
+
+
+@pytest.mark.parametrize("t", [0.29, 0.71])
+def test_outside_of_its_interval_guidance_neither_acts_nor_costs(t):
+    velocity, sizes = guided_velocity(t, cfg=2.5, interval=(0.3, 0.7))
+    assert velocity.tolist() == [4, 5]
+    assert sizes == [2]
+
+
+@pytest.mark.parametrize("t", [0.3, 0.5, 0.7])  # the float32 nearest to 0.7 is less, to 0.3 more
+def test_in_its_interval_guidance_leads_away_from_the_null_condition(t):
+    velocity, sizes = guided_velocity(t, cfg=2.5, interval=(0.3, 0.7))
+    null = 5
+    want = [null + 2.5 * (4 - null), null + 2.5 * (5 - null)]
+    assert torch.allclose(velocity, torch.tensor(want).double())
+    assert sizes == [4]
+
+
+def test_guidance_by_1_costs_nothing():
+    velocity, sizes = guided_velocity(0.5, cfg=1.0, interval=(0.0, 1.0))
+    assert velocity.tolist() == [4, 5]
+    assert sizes == [2]
+
+
+# ---------------------------------------------------------------------------------- copied alone
+
+USE_OF_MODEL_ALONE = """
+import os
+import torch
+import model
+
+assert os.path.dirname(os.path.abspath(model.__file__)) == os.getcwd()
+config = model.SiTConfig(
+    input_size=8, in_channels=3, hidden_size=32, depth=1, num_heads=2, memory_dim=4
+)
+network = model.SiT(config)
+s = torch.nn.functional.normalize(torch.randn(2, 4), dim=1)
+model.flow_loss(network, torch.randn(2, 3, 8, 8), s).backward()
+assert network.final_layer.linear.weight.grad.abs().sum() > 0
+torch.optim.SGD(network.parameters(), lr=0.1).step()
+network.eval()
+with torch.no_grad():
+    v = model.guided(network, s, cfg=2.0)
+    x = model.ode(v, torch.randn(2, 3, 8, 8), 2)
+print(tuple(x.shape), bool(x.isfinite().all()))
+"""
+
+
+def test_model_py_works_when_it_is_copied_alone_into_an_empty_folder(tmp_path):
+    shutil.copy(model_file.__file__, tmp_path / "model.py")
+    (tmp_path / "use.py").write_text(USE_OF_MODEL_ALONE)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "use.py"],
+        env=environment,
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "(2, 3, 8, 8) True"
+
+
+# ======================================================================================== memory.py
+
+# ---------------------------------------------------------------------------- helpers
+
+
+def cosine(a, b):
+    """Cosine of the rows of a and b (N, D) -> (N,)"""
+    return (F.normalize(a, dim=1) * F.normalize(b, dim=1)).sum(1)
+
+
+def distances(a, b):
+    """Distance of each row of a to the same row of b (N, D) -> (N,)"""
+    return (a - b).norm(dim=1)
+
+
+def modification_times():
+    """Of all files and folders below this one."""
+    return {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
+
+
+def ends_as_one_line(main, capsys):
+    """Runs memory.cli(main), which ends with exit code 2 and one line on stderr -> the line"""
+    with pytest.raises(SystemExit) as stop:
+        memory.cli(main)
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+# ---------------------------------------------------------------------------- the truncated SVD
+
+
+def features_of_kind(kind):
+    """Features (N, D) float64 of unit norm, among them such as make a covariance singular."""
     f = features().double()
-    f = {"plain": f, "repeated rows": f[:50].repeat(4, 1), "fewer rows than numbers": f[:60],
-         "constant columns": F.normalize(torch.cat([f[:, :48], f[:, 48:] * 0 + 0.1], 1), dim=1)}[kind]
+    if kind == "repeated rows":
+        return f[:50].repeat(4, 1)
+    if kind == "fewer rows than numbers":
+        return f[:60]
+    if kind == "constant columns":
+        constant = torch.full_like(f[:, 48:], 0.1)
+        return F.normalize(torch.cat([f[:, :48], constant], dim=1), dim=1)
+    return f
+
+
+class Truncation:
+    """The exact truncated SVD of the centred rows of f, and a bank of them."""
+
+    def __init__(self, kind, by):
+        self.f = features_of_kind(kind)
+        self.mean = self.f.mean(0)
+        U, S, V = torch.linalg.svd(self.f - self.mean, full_matrices=False)
+        self.energy = S.square().cumsum(0) / S.square().sum()
+        if by == "rank":
+            r = 24
+            self.bank = MemoryBank.build(self.f, dtype="float32", rank=r)
+        else:
+            r = int((self.energy < 0.9).sum()) + 1
+            self.bank = MemoryBank.build(self.f, dtype="float32", energy=0.9)
+        self.rank = r
+        self.rows = (U[:, :r] * S[:r]) @ V[:r] + self.mean
+        self.error = S[r:].square().sum().sqrt()  # Eckart and Young: no matrix of rank r has less
+
+
+KINDS = ("plain", "repeated rows", "fewer rows than numbers", "constant columns")
+CASES = []
+for kind in KINDS:
+    CASES.append((kind, "rank"))
+    CASES.append((kind, "energy"))
+
+
+@pytest.fixture(scope="module", params=CASES, ids=", ".join)
+def truncation(request):
+    """The exact truncation and the bank, for features of each kind, by rank and by energy."""
+    kind, by = request.param
+    return Truncation(kind, by)
+
+
+def test_the_error_of_a_bank_is_that_of_the_truncated_svd(truncation):
+    bank = truncation.bank
+    coef = torch.tensor(bank.coef)
+    approximation = coef @ torch.tensor(bank.basis) + torch.tensor(bank.mean)
+    error = (approximation - truncation.f).norm()
+    assert error <= truncation.error * 1.001 + 1e-5
+
+
+def test_the_snippets_of_a_bank_are_the_normalised_rows_of_the_truncated_svd(truncation):
+    want = F.normalize(truncation.rows, dim=1).float()
+    assert torch.allclose(truncation.bank[:], want, atol=1e-4)
+
+
+def test_a_bank_has_the_rank_asked_for_or_the_least_that_keeps_the_energy(truncation):
+    assert truncation.bank.rank == truncation.rank
+
+
+def test_a_bank_knows_the_part_of_the_variance_that_it_keeps(truncation):
+    want = truncation.energy[truncation.rank - 1].item()
+    assert truncation.bank.energy == pytest.approx(want, rel=1e-5)
+
+
+def test_the_basis_of_a_bank_is_orthonormal(truncation):
+    basis = truncation.bank.basis
+    assert np.allclose(basis @ basis.T, np.eye(truncation.rank), atol=1e-5)
+
+
+# ---------------------------------------------------------------------------- quantisation
+
+QUANTISATION = [("float32", 2e-6, 1e-6), ("float16", 5e-4, 2.5e-4), ("int8", 0.0105, 0.006)]
+
+
+@pytest.mark.parametrize("dtype, worst, mean", QUANTISATION)
+def test_quantisation_moves_a_snippet_by_little(dtype, worst, mean):
+    f = features()
+    exact = MemoryBank.build(f.double(), 24, "float32")
+    bank = MemoryBank.build(f, 24, dtype)
+    assert bank.coef.dtype == dtype
+    error = distances(bank[:], exact[:])
+    assert error.max() < worst
+    assert error.mean() < mean
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_quantisation_moves_a_coefficient_by_half_a_step_at_most(dtype):
+    f = features()
+    exact = MemoryBank.build(f.double(), 24, "float32")
+    bank = MemoryBank.build(f, 24, dtype)
+    if dtype == "int8":
+        half_step = bank.scale[:, None] / 2
+    elif dtype == "float16":
+        half_step = 2.0**-11 * np.abs(exact.coef)
+    else:
+        half_step = 0
+    coefficients = bank.coef * bank.scale[:, None]
+    assert (np.abs(coefficients - exact.coef) <= half_step + 1e-6).all()
+
+
+def test_the_int8_step_of_a_row_is_a_127th_of_its_largest_coefficient():
+    f = features()
+    exact = MemoryBank.build(f, 24, "float32")
+    bank = MemoryBank.build(f, 24, "int8")
+    want = np.abs(exact.coef).max(axis=1) / 127
+    assert np.allclose(bank.scale, want, rtol=1e-5)
+    assert want.max() > 2 * want.min()  # rows differ
+
+
+def test_a_row_of_int8_does_not_depend_on_the_others():
+    f = features()
+    bank = MemoryBank.build(f, 24)
+    more = bank.extend(bank[:5], limit=0)  # at the same mean and basis
+    assert np.allclose(more.scale[700:], more.scale[:5], rtol=0.02)
+
+
+def test_int8_costs_half_a_percent_of_the_truncation_error_at_most():
+    torch.manual_seed(0)
+    spread = torch.randn(5000, 128) / torch.arange(1, 129).sqrt()
+    f = F.normalize(spread @ torch.linalg.qr(torch.randn(128, 128))[0] + 0.1, dim=1).double()
     mean = f.mean(0)
-    U, S, V = torch.linalg.svd(f - mean, full_matrices=False)
-    energy = S.square().cumsum(0) / S.square().sum()
-    for r, how in ((24, dict(rank=24)), (int((energy < 0.9).sum()) + 1, dict(energy=0.9))):
-        bank = MemoryBank.build(f, dtype="float32", **how)
-        coef, basis, at = (torch.from_numpy(a.copy()) for a in (bank.coef, bank.basis, bank.mean))
-        assert (coef @ basis + at - f).norm() <= S[r:].square().sum().sqrt() * 1.001 + 1e-5 and bank.rank == r
-        assert bank.energy == pytest.approx(energy[r - 1].item(), rel=1e-5)
-        want = F.normalize((U[:, :r] * S[:r]) @ V[:r] + mean, dim=1)
-        assert torch.allclose(bank[:], want.float(), atol=1e-4)
-        assert np.allclose(bank.basis @ bank.basis.T, np.eye(r), atol=1e-5)
+    singular_values = torch.linalg.svdvals(f - mean)
+    exact = singular_values[64:].square().sum().sqrt()
+    bank = MemoryBank.build(f, 64, "int8")
+    coefficients = torch.tensor(bank.coef * bank.scale[:, None]).double()
+    approximation = coefficients @ torch.tensor(bank.basis).double() + torch.tensor(bank.mean)
+    error = (approximation - f).norm()
+    assert 0.9999 * exact < error < 1.005 * exact
 
-@pytest.mark.parametrize("dtype, worst", [("float32", 2e-6), ("float16", 5e-4), ("int8", 0.01)])
-def test_quantisation_error(dtype, worst):
-    f = features()
-    exact, bank = MemoryBank.build(f.double(), 24, "float32"), MemoryBank.build(f, 24, dtype)
-    assert bank.coef.dtype == dtype and (bank[:] - exact[:]).norm(dim=1).max() < worst
-    step = bank.scale[None] * (0.5 if dtype == "int8" else 1e-3 * np.abs(bank.coef))
-    assert (np.abs(bank.coef * bank.scale - exact.coef) <= step + 1e-6).all()
 
-def test_bank_indexing_file_and_immutability():
+def test_a_full_bank_is_of_rank_d_in_float16_and_keeps_every_snippet():
     f = features()
-    bank = MemoryBank.build(f, 24, labels=np.arange(700) % 7, encoder="thumbnail")
+    bank = MemoryBank.build(f, "full")
+    assert bank.coef.dtype == np.float16
+    assert bank.rank == 96
+    assert bank.basis.shape == (96, 96)
+    assert torch.allclose(bank[:], f, atol=1e-3)
+
+
+def test_a_full_bank_of_fewer_rows_than_numbers_has_as_many_directions_as_rows():
+    f = features(40, 96)
+    bank = MemoryBank.build(f, "full")
+    assert bank.rank == 40
+    assert torch.allclose(bank[:], f, atol=1e-3)
+
+
+# ---------------------------------------------------------------------------- building
+
+
+@pytest.mark.parametrize("shape, lowest", [((70, 80), 70), ((80, 50), 50)])
+def test_a_rank_above_rows_or_numbers_is_lowered_and_that_is_said(shape, lowest, capsys):
+    bank = MemoryBank.build(features(*shape), 81)
+    assert bank.rank == lowest
+    assert f"rank 81 lowered to {lowest}" in capsys.readouterr().out
+
+
+def test_the_default_rank_is_lowered_as_well_and_that_is_said(capsys):
+    bank = MemoryBank.build(features(20, 80))
+    assert bank.rank == 20
+    assert "rank 64 lowered to 20" in capsys.readouterr().out
+
+
+def test_a_rank_that_fits_is_kept_and_nothing_is_said(capsys):
+    bank = MemoryBank.build(features(70, 80), 70)
+    assert bank.rank == 70
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("rank", [0, -1])
+def test_a_rank_below_1_is_refused(rank):
+    refused(
+        f"rank {rank}: expected a whole number of at least 1",
+        MemoryBank.build,
+        features(70, 80),
+        rank,
+    )
+
+
+@pytest.mark.parametrize("energy", [0.0, 1.0, 95.0, -0.5])
+def test_an_energy_outside_of_0_to_1_is_refused(energy):
+    refused(f"energy {energy}", MemoryBank.build, features(70, 80), energy=energy)
+
+
+def test_an_unknown_dtype_is_refused_with_the_known_ones():
+    message = "int16.*int8, float16, float32"
+    refused(message, MemoryBank.build, features(70, 80), 8, "int16")
+
+
+def test_features_that_are_not_finite_are_refused_with_their_rows():
+    f = features(9000, 8)
+    f[5000, 3] = float("inf")
+    refused("features 4096 to 8191 hold NaN", MemoryBank.build, f, 4, error=memory.InputError)
+
+
+def test_features_may_have_any_norm():
+    f = features()
+    scaled = f * torch.linspace(0.1, 9, 700)[:, None]
+    bank = MemoryBank.build(f, 24, "float32")
+    assert torch.allclose(MemoryBank.build(scaled, 24, "float32")[:], bank[:], atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["array", "memmap", "float64"])
+def test_features_may_be_a_tensor_an_array_or_a_memmap_of_any_float_type(form):
+    f = features()
+    want = MemoryBank.build(f, 24, "float32")
+    if form == "array":
+        f = f.numpy()
+    elif form == "memmap":
+        np.save("f.npy", f.numpy())
+        f = np.load("f.npy", mmap_mode="r")
+    else:
+        f = f.double().numpy()
+    bank = MemoryBank.build(f, 24, "float32")
+    assert bank.id == want.id
+
+
+def test_whatever_gives_rows_when_it_is_sliced_is_features_and_no_slice_is_large():
+    f = features(9001, 48)
+    sizes = []
+
+    class Sliced:
+        shape = (9001, 48)
+
+        def __getitem__(self, rows):
+            sizes.append(rows.stop - rows.start)
+            return f[rows]
+
+    bank = MemoryBank.build(Sliced(), 24)
+    assert bank.id == MemoryBank.build(f, 24).id
+    assert max(sizes) <= 4096
+    assert sum(sizes) == 2 * 9001  # read twice
+
+
+def test_on_an_apple_gpu_the_bank_is_computed_on_the_cpu():
+    f = features()
+    on_mps = MemoryBank.build(f, 24, device="mps")
+    assert on_mps.id == MemoryBank.build(f, 24, device="cpu").id
+
+
+def test_a_bank_keeps_labels_and_encoder():
+    bank = MemoryBank.build(features(), 24, labels=np.arange(700) % 7, encoder="thumbnail")
+    assert bank.labels.dtype == np.int64
+    assert (bank.labels == np.arange(700) % 7).all()
+    assert bank.encoder == "thumbnail"
+
+
+def test_a_bank_without_labels_has_none():
+    assert len(MemoryBank.build(features(), 24).labels) == 0
+
+
+def test_labels_that_are_not_as_many_as_rows_are_refused():
+    refused("labels", MemoryBank.build, features(), 24, labels=range(699), error=memory.InputError)
+
+
+# ---------------------------------------------------------------------------- indexing
+
+
+@pytest.fixture(scope="module")
+def bank():
+    """A bank of features() of rank 24."""
+    return MemoryBank.build(features(), 24, labels=np.arange(700) % 7, encoder="thumbnail")
+
+
+def test_a_bank_says_how_many_snippets_of_how_many_numbers_it_holds(bank):
+    assert len(bank) == 700
+    assert bank.dim == 96
+    assert bank.rank == 24
+
+
+def test_an_index_gives_one_snippet_and_a_list_gives_several(bank):
+    assert bank[3].shape == (96,)
+    assert bank[3].dtype == torch.float32
+    assert torch.equal(bank[3], bank[[3]][0])
+
+
+def test_a_negative_index_counts_from_the_end(bank):
+    assert torch.equal(bank[-1], bank[699])
+
+
+@pytest.mark.parametrize(
+    "index", [[5, 1], np.array([5, 1]), torch.tensor([5, 1]), slice(5, 0, -4)], ids=repr
+)
+def test_lists_arrays_tensors_and_slices_index_in_their_order(bank, index):
+    assert torch.allclose(bank[index], bank[:][[5, 1]], atol=1e-6)
+
+
+def test_an_empty_slice_gives_no_rows(bank):
+    assert bank[0:0].shape == (0, 96)
+
+
+def test_snippets_have_unit_norm(bank):
+    assert torch.allclose(bank[:].norm(dim=1), torch.ones(700), atol=1e-5)
+
+
+@pytest.mark.parametrize("index", [700, -701, [0, 700]], ids=str)
+def test_an_index_out_of_range_is_an_index_error(bank, index):
+    refused("700|701", bank.__getitem__, index, error=IndexError)
+
+
+def test_decode_undoes_project(bank):
+    coefficients = bank.project(bank[:9])
+    assert coefficients.shape == (9, 24)
+    assert torch.allclose(bank.decode(coefficients), bank[:9], atol=1e-4)
+
+
+def test_project_and_decode_against_their_formulas(bank):
+    f = 3 * features(5, 96, seed=1)
+    mean = torch.tensor(bank.mean)
+    basis = torch.tensor(bank.basis)
+    want = (f / f.norm(dim=1, keepdim=True) - mean) @ basis.T
+    assert torch.allclose(bank.project(f), want, atol=1e-5)
+    snippets = want @ basis + mean
+    snippets = snippets / snippets.norm(dim=1, keepdim=True)
+    assert torch.allclose(bank.decode(want), snippets, atol=1e-5)
+
+
+def test_the_text_of_a_bank_says_what_it_is(bank):
+    text = str(bank)
+    assert "N 700, D 96, rank 24" in text
+    assert f"by thumbnail, id {bank.id}" in text
+
+
+@pytest.mark.parametrize("rank", [24, "full"])
+def test_nearest_is_the_largest_cosine(rank):
+    bank = MemoryBank.build(features(9000, 48), rank)
+    query = 3 * features(5, 48, seed=1)
+    want = (F.normalize(query, dim=1) @ bank[:].T).topk(4)
+    similarity, index = bank.nearest(query, 4)
+    assert torch.allclose(similarity, want.values, atol=1e-5)
+    assert torch.equal(index, want.indices)
+
+
+# ---------------------------------------------------------------------------- file and immutability
+
+
+def test_a_bank_is_the_same_when_it_is_loaded(bank):
     bank.save("bank.pt")
     again = MemoryBank.load("bank.pt")
-    assert again.id == bank.id != MemoryBank.build(f, 23).id
-    assert (len(again), again.dim, again.rank) == (700, 96, 24)
-    assert again.encoder == "thumbnail" and (again.labels == bank.labels).all()
-    assert bank[3].shape == (96,) and torch.equal(bank[3], bank[[3]][0]) and torch.equal(bank[-1], bank[699])
-    assert torch.allclose(again[torch.tensor([5, 1])], bank[:][[5, 1]], atol=1e-6)
-    assert again[0:0].shape == (0, 96) and torch.allclose(bank[:].norm(dim=1), torch.ones(700), atol=1e-5)
-    assert torch.allclose(bank.decode(bank.project(bank[:9])), bank[:9], atol=1e-4)
-    for bad in (700, -701, [0, 700]):
-        refused("700|701", bank.__getitem__, bad, error=IndexError)
-    for one in (bank, again):
-        refused("read-only", one.coef.__setitem__, 0, 0)
+    assert again.id == bank.id
+    assert len(again) == 700
+    assert again.dim == 96
+    assert again.rank == 24
+    assert again.energy == bank.energy
+    assert again.encoder == "thumbnail"
+    assert (again.labels == bank.labels).all()
+    assert torch.allclose(again[:], bank[:], atol=1e-6)
+
+
+def test_the_id_of_a_loaded_bank_is_that_of_its_content(bank):
+    bank.save("bank.pt")
+    again = MemoryBank.load("bank.pt")
+    assert again.id == bank.id == again.content_hash()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"rank": 23}, {"dtype": "float16"}, {"encoder": "other"}, {"labels": range(700)}],
+    ids=str,
+)
+def test_banks_of_other_content_have_other_ids(bank, change):
+    options = {"rank": 24, "labels": np.arange(700) % 7, "encoder": "thumbnail", **change}
+    assert MemoryBank.build(features(), **options).id != bank.id
+
+
+def test_torch_load_reads_a_bank_without_this_file(bank):
+    bank.save("bank.pt")
+    state = load("bank.pt")
+    assert torch.equal(state["coef"], torch.tensor(bank.coef))
+    assert state["id"] == bank.id
+
+
+def test_the_arrays_of_a_bank_are_read_only(bank):
+    bank.save("bank.pt")
+    for one in (bank, MemoryBank.load("bank.pt")):
+        for name in ("mean", "basis", "coef", "scale", "labels"):
+            refused("read-only", getattr(one, name).__setitem__, 0, 0)
+
+
+def test_the_parts_of_a_bank_cannot_be_replaced(bank):
+    bank.save("bank.pt")
+    for one in (bank, MemoryBank.load("bank.pt")):
         refused("coef", setattr, one, "coef", one.coef * 2, error=AttributeError)
-    full = MemoryBank.build(f, None)
-    assert full.coef.dtype == np.float16 and torch.allclose(full[:], f, atol=1e-3) and full.rank == 96
 
-def test_two_processes_build_the_bank_that_one_builds():
-    np.save("f.npy", features(9001, 48))  # three blocks for one, two for each of two
-    for n in (0, 2):
-        for flag in ("--energy 0.9", "--rank full"):
-            run(f"memory.py --features f.npy {flag} --out {flag[2:6]}{n}", processes=n)
-    one, two, full1, full2 = map(MemoryBank.load, ("ener0", "ener2", "rank0", "rank2"))
-    assert np.allclose(one.basis, two.basis, atol=1e-6) and np.allclose(one.scale, two.scale, rtol=1e-5)
-    assert np.abs(one.coef.astype(int) - two.coef).max() <= 1 and (one.coef == two.coef).mean() > 0.999
-    assert full1.id == full2.id and "by unknown" in run("memory.py --info rank0")
 
+def test_snippets_that_are_changed_do_not_change_the_bank(bank):
+    before = bank[:5].clone()
+    bank[:5].zero_()
+    bank[4].zero_()
+    assert torch.equal(bank[:5], before)
+
+
+def test_a_bank_is_not_saved_over_another_one(bank):
+    bank.save("bank.pt")
+    bank.save("bank.pt")  # over itself it is
+    other = MemoryBank.build(features(), 23)
+    refused("holds another bank", other.save, "bank.pt", error=memory.InputError)
+    assert MemoryBank.load("bank.pt").id == bank.id
+
+
+def test_a_bank_is_saved_over_another_one_where_that_is_asked_for(bank):
+    bank.save("bank.pt")
+    other = MemoryBank.build(features(), 23)
+    other.save("bank.pt", overwrite=True)
+    assert MemoryBank.load("bank.pt").id == other.id
+
+
+PEAK = """
+import memory
+
+def peak():  # ru_maxrss would begin with that of the process that started this one
+    for line in open("/proc/self/status"):
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1])
+
+before = peak()
+bank = memory.MemoryBank.load("bank.pt")
+bank[::100_000]  # few rows: the kernel maps up to 2 MB around each
+bank.id
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="Linux tells the peak")
 def test_a_bank_file_is_far_larger_than_what_opening_and_indexing_it_takes():
     coef = np.lib.format.open_memmap("c.npy", "w+", np.float16, (400_000, 512))  # 410 MB
-    zeros, ones, labels = np.zeros((1, 512), "f4"), np.ones(512, "f4"), np.zeros(400_000, int)
-    MemoryBank(zeros[0], zeros[:0], ones, coef, labels, 1.0, "").save("bank.pt")
-    code = ("import resource, memory; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
-            "was = peak(); b = memory.MemoryBank.load('bank.pt'); b[::20_000]; b.id; print(peak() - was)")
-    out = subprocess.check_output([sys.executable, "-c", code], env=dict(os.environ, PYTHONPATH=HERE))
+    bank = MemoryBank(
+        mean=np.zeros(512, np.float32),
+        basis=np.eye(512, dtype=np.float32),
+        coef=coef,
+        scale=np.ones(400_000, np.float32),
+        labels=np.zeros(400_000, np.int64),
+        energy=1.0,
+        encoder="",
+    )
+    bank.save("bank.pt")
+    environment = {**os.environ, "PYTHONPATH": HERE}
+    out = subprocess.check_output([sys.executable, "-c", PEAK], env=environment)
     assert int(out) < 40_000  # KB
 
-def test_extension_keeps_old_rows_and_new_directions():
-    old, new = features(400, 96) * (torch.arange(96) < 64), features(30, 96, seed=1)
-    for rank, dtype, worst in ((64, "float32", 1e-5), (64, "float16", 2e-3), (64, "int8", 0.02),
-                               (None, "int8", 2e-3)):
-        bank = MemoryBank.build(old, rank, dtype, encoder="e", labels=np.arange(400))
-        before, at = bank.id, bank[:]
-        more = bank.extend(new, labels=[7] * 30)
-        assert bank.id == before != more.id and torch.equal(bank[:], at) and more.encoder == "e"
-        assert len(more) == 430 and torch.allclose(more[:400], at, atol=1e-6) and more.labels[-1] == 7
-        assert (more[400:] - F.normalize(new, dim=1)).norm(dim=1).max() < worst
-        if rank:
-            assert np.allclose(more.basis @ more.basis.T, np.eye(more.rank), atol=1e-5)
-            assert more.rank == 94 and bank.extend(new, limit=5).rank == 69  # 30 new rows: 30 new directions
-            assert bank.extend(old[:9]).rank == 64 and bank.extend(new, limit=0).rank == 64
-            err = [(bank.extend(new, limit=k)[400:] - new).square().sum() for k in (0, 5, 29)]
-            assert err[0] > err[1] > err[2]
-    wide, want = MemoryBank.build(0.01 * old + old[:1], 64).extend(-old[:3]), -F.normalize(old[:3], dim=1)
-    assert wide.coef.dtype == "float16" and (wide[400:] - want).norm(dim=1).max() < 0.02  # far outside
 
-@pytest.mark.parametrize("rank", [24, None])
-def test_nearest_is_the_largest_cosine(rank):
-    f, q = features(9000, 48), 3 * features(5, 48, seed=1)
-    bank = MemoryBank.build(f, rank)
-    want = (F.normalize(q, dim=1) @ bank[:].T).topk(4)
-    similarity, index = bank.nearest(q, 4)
-    assert torch.allclose(similarity, want.values, atol=1e-5) and torch.equal(index, want.indices)
+# ---------------------------------------------------------------------------- damaged files
 
-@pytest.mark.parametrize("method", ["slerp", "lerp", "concat", "mask"])
-def test_mixes_go_from_a_to_b_on_the_sphere_and_mask_is_dropout(method):
-    torch.manual_seed(0)
-    a, b = F.normalize(torch.randn(2, 7, 64), dim=-1)
-    b[0], b[1], b[2] = a[0], -a[1], F.normalize(a[2] + 1e-7, dim=0)
-    alpha = torch.linspace(0, 1, 9)[:, None, None]
-    m = mix(a.expand(9, 7, 64), b.expand(9, 7, 64), alpha, method)
-    assert torch.allclose(m.norm(dim=-1), torch.ones(9, 7), atol=1e-5)
-    assert torch.allclose(m[0], a, atol=1e-5) and torch.allclose(m[-1], b, atol=1e-5)
-    away = (m * a).sum(-1)
-    if method == "slerp":
-        angle = torch.acos((a * b).sum(-1).clamp(-1, 1))
-        assert torch.allclose(away[:, 3:], (alpha[..., 0] * angle).cos()[:, 3:], atol=1e-5)
-        assert torch.allclose(away[:, 1], (alpha[:, 0, 0] * np.pi).cos(), atol=1e-4)  # half a turn
-    if method in ("concat", "mask"):  # every entry is one of the two, up to the scale of the row
-        k = m[4, 3:] / a[3:], m[4, 3:] / b[3:]
-        scale = torch.where((k[0] - k[0].median(1, True)[0]).abs() < 1e-4, k[0], k[1])
-        assert torch.allclose(scale, scale[:, :1].expand_as(scale), atol=1e-3)
-    assert ((away[:-1] - away[1:])[:, 3:] > -1e-5).all() or method == "mask"
-    m = mask(torch.ones(200, 500), 0.4, torch.Generator().manual_seed(0))
-    assert torch.equal(m.unique(), torch.tensor([0, 1 / 0.6])) and abs((m == 0).float().mean() - 0.4) < 0.01
-    assert abs((m == 0).float().mean(0) - 0.4).max() < 0.2  # every entry, not always the same ones
 
-def test_glyphs_are_deterministic_varied_and_labelled():
-    (a, labels), (b, _), (c, _) = (glyphs(n=260, size=16, seed=seed) for seed in (0, 0, 1))
-    digits, _ = glyphs(n=10, size=16, characters="0123456789")
-    assert (a == b).all() and not (a == c).all() and a.shape == (260, 16, 16, 3) and a.dtype == np.uint8
-    assert (np.bincount(labels) == 10).all() and len(np.unique(a.reshape(260, -1), axis=0)) == 260
-    assert digits.std(axis=(1, 2)).max(axis=1).min() > 10  # every image shows something
-    corner = a[:, 0, 0].astype(int) - a[:, -1, -1]
-    assert 0.3 < (np.abs(corner).max(axis=1) < 2).mean() < 0.8  # flat backgrounds, and gradients
+class Crafted:
+    """An object whose pickle makes a folder when it is loaded."""
 
-def test_images_of_every_mode_become_rgb():
-    new = lambda mode, colour, size=(4, 4): Image.new(mode, size, colour)
-    red, wide = new("RGB", (200, 10, 20)), new("RGB", (0, 0, 255), (6, 4))
-    wide.getexif()[0x0112] = 6  # turned by 90 degrees
-    for image, want in ((red, (200, 10, 20)), (red.quantize(4), (200, 10, 20)), (new("L", 77), 77),
-                        (new("RGBA", (0,) * 4), 255), (new("CMYK", (0,) * 4), 255), (new("1", 1), 255),
-                        (Image.fromarray(np.full((4, 4), 0x8080, np.uint16)), 128), (new("LA", (9, 0)), 255)):
-        assert np.abs(np.asarray(to_rgb(image)).astype(int) - want).max() <= 1, image.mode
-    wide.save("w.png", exif=wide.getexif())
-    with Image.open("w.png") as image:
-        assert to_rgb(image).size == (4, 6)
-    tall = np.arange(90, dtype=np.uint8).repeat(30).reshape(90, 30)
-    crop = center_crop(Image.fromarray(tall).convert("RGB"), 10)
-    assert crop.size == (10, 10) and abs(np.asarray(crop).mean() - 44.5) < 1
+    def __reduce__(self):
+        return os.mkdir, (os.path.abspath("ran"),)
 
-def test_arrays_are_mapped_not_loaded():
-    x, y = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8), np.array([0, 1, 2, 1, 0])
-    np.savez("a.npz", arr_0=x, arr_1=y)
-    np.savez_compressed("b.npz", images=x, labels=y)
-    np.save("c.npy", x)
-    for name, labels, mapped in (("a.npz", y, True), ("b.npz", y, False), ("c.npy", -1, True)):
-        images = Images(name, 8)
-        assert all((images[i] == x[i]).all() for i in range(5)) and (images.labels == labels).all()
-        assert isinstance(images.array, np.memmap) == mapped
 
-def test_preparation_of_a_folder():
-    x, labels = folder_of_images("images")
-    meta = prepare("images", "data", 24, flip=True)
-    latents, stored = np.load("data/latents.npy"), np.load("data/labels.npy")
-    assert (latents[:40] == x[np.argsort(labels % 2, kind="stable")].transpose(0, 3, 1, 2)).all()
-    assert (latents[40:] == latents[:40, :, :, ::-1]).all() and meta["classes"] == ["class0", "class1"]
-    f = F.normalize(thumbnail(torch.from_numpy(latents).float() / 127.5 - 1), dim=1)
-    bank = MemoryBank.load("data/bank.pt")  # a mirrored image has a snippet of its own
-    assert bank.id == meta["bank"] and ((bank[:] * f).sum(1) > 0.99).all()
-    assert sorted(os.listdir("data")) == ["bank.pt", "labels.npy", "latents.npy", "meta.json"]
-    np.save("f.npy", features(80))
-    prepare("images", "own", 24, flip=True, features="f.npy")
-    bank = MemoryBank.load("own/bank.pt")
-    assert ((bank[:] * features(80)).sum(1) > 0.99).all() and bank.encoder == os.path.abspath("f.npy")
-    assert (np.load("own/latents.npy") == latents).all() and (stored == np.tile(np.sort(labels % 2), 2)).all()
-    refused("80 rows for 40 entries", prepare, "images", "no", 24, features="f.npy")
-    refused("image_size 24, not 16", prepare, "images", "data", 16, flip=True)
-
-# ----------------------------------------------------------------------------- fid
-def test_resize_pooling_names_and_sizes_are_those_of_tensorflow_1():
-    for h, w in ((64, 5), (299, 400), (1, 31)):
-        x = np.random.default_rng(0).integers(0, 256, (h, w)).astype(np.float64)
-        y = fid.resize_tf1(torch.tensor(x)[None, None].float())[0, 0].numpy()
-        for i, j in ((0, 0), (298, 298), (100, 298), (17, 201)):
-            (a, p), (b, q) = ((k * n // 299, k * n % 299 / 299) for k, n in ((i, h), (j, w)))
-            top, low = ((1 - q) * z[b] + q * z[min(b + 1, w - 1)] for z in (x[a], x[min(a + 1, h - 1)]))
-            assert abs(y[i, j] - (top + p * (low - top))) < 1e-3
-    assert fid.POOLS["mean"](torch.arange(12.0).view(1, 3, 4))[0, 0, 0] == (0 + 1 + 4 + 5) / 4  # no padding
-    assert [text.split()[-1][:4] for _, text in fid.LAYERS[-2:]] == ["mean", "max="]
-    net = fid.load_inception("random")
-    state = {k: v.clone() for k, v in net.state_dict().items() if "num_batches" not in k}
-    assert sum(p.numel() for p in net.parameters()) == 21_785_568 + 2048 * 1008 + 1008  # torchvision's, fc
-    for name, shape in {"Conv2d_4a_3x3.conv": (192, 80, 3, 3), "Mixed_7b.branch3x3dbl_3b.bn": (384,),
-                        "Mixed_6d.branch7x7dbl_4.conv": (160, 160, 7, 1), "fc": (1008, 2048)}.items():
-        assert state[name + ".weight"].shape == shape, name
-    x, seen = torch.randint(0, 256, (2, 3, 20, 30), dtype=torch.uint8), []
-    dict(net.named_modules())["Mixed_6d.branch1x1"].register_forward_hook(lambda *a: seen.append(a[2].relu()))
-    pool, spatial, logits = net(x)
-    assert torch.equal(spatial.view(2, 17, 17, 7), seen[0].permute(0, 2, 3, 1)[..., :7])
-    assert 0.05 < pool.mean() < 50 and torch.equal(logits, pool @ state["fc.weight"].T)
-    torch.manual_seed(3)
-    state["fc.bias"] += 1  # is not used
-    assert all(torch.equal(a, b) for a, b in zip(fid.load_inception(state)(x), (pool, spatial, logits)))
-    assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(3)))
-
-def test_distance_and_scores_against_plain_numpy():  # tr (X'X Y'Y)^1/2 = sum of svd(X Y'), singular or not
-    draw, d = np.random.default_rng(0).normal, 40
-    for n, m in ((400, 500), (30, 20), (30, 500), (500, 30)):
-        x, y = draw(size=(n, d)), draw(size=(m, d)) @ draw(size=(d, d))
-        a, b = ((z.mean(0), np.cov(z, rowvar=False)) for z in (x, y))
-        root = np.linalg.svd((x - a[0]) @ (y - b[0]).T, compute_uv=False).sum() / np.sqrt((n - 1) * (m - 1))
-        want = ((a[0] - b[0]) ** 2).sum() + np.trace(a[1]) + np.trace(b[1]) - 2 * root
-        assert abs(fid.frechet_distance(*a, *b) / want - 1) < 1e-6
-        assert abs(fid.frechet_distance(*b, *b)) < 1e-9 * np.trace(b[1])
-    rng = np.random.default_rng(0)
-    p = np.exp(logits := 3 * rng.normal(size=(25, 7))) / np.exp(logits).sum(1, keepdims=True)
-    want = [np.exp((q * np.log(q / q.mean(0))).sum(1).mean()) for q in (p[:10], p[10:20], p[20:])]
-    assert abs(fid.inception_score(logits, split=10) - np.mean(want)) < 1e-9
-    ref, gen = rng.normal(size=(60, 4)) + 100, 1.5 * rng.normal(size=(80, 4)) + 100
-    gen[20:25] = ref[0]  # radius 0, which still holds what is the same
-    squares = lambda a, b: ((a[:, None] - b[None]) ** 2).sum(2)
-    r, g = (np.sort(squares(x, x), axis=1)[:, 3] for x in (ref, gen))
-    want = (squares(ref, gen) <= r[:, None]).any(0).mean(), (squares(ref, gen) <= g).any(1).mean()
-    assert np.allclose(fid.precision_recall(ref, gen), want) and 0.1 < min(want) < max(want) < 0.99
-    blocks = list(fid.distances(*(torch.tensor(x - 100).float() for x in (ref, gen)), block=500))
-    assert len(blocks) == 10 and np.allclose(torch.cat([d for _, d in blocks]), squares(ref, gen), atol=1e-4)
-
-def test_sets_of_every_kind_give_the_same_numbers_and_bad_ones_an_error():
-    images = np.random.default_rng(0).integers(0, 256, (5, 12, 10, 3), dtype=np.uint8)
-    np.savez("a.npz", arr_0=images)
-    np.savez_compressed("b.npz", arr_0=images[:, ::2])
-    tail = "b.npz --inception random --json out.json --batch-size 2"
-    text = run(f"fid.py a.npz {tail} --save-stats ref.npz", processes=2)  # a share of the work each
-    got, net = memory.read_json("out.json"), fid.load_inception("random")
-    assert text.count("random weights") == len(text.splitlines()) and got["N_ref"] == got["N_samples"] == 5
-    (x, u, _), (y, *_) = (net(torch.from_numpy(z).permute(0, 3, 1, 2)) for z in (images, images[:, ::2]))
-    assert (got["precision"], got["recall"]) == fid.precision_recall(x, y)
-    assert np.allclose(np.load("ref.npz")["sigma_s"], np.cov(u.T), atol=1e-4)
-    run(f"fid.py ref.npz {tail}")
-    new = memory.read_json("out.json")
-    assert all(abs(new[k] - got[k]) < 1e-4 * got[k] for k in ("FID", "sFID")) and new["precision"] is None
-    os.mkdir("images")
-    for i, image in enumerate(images):
-        Image.fromarray(image[i:]).save(f"images/{i}.png")
-    assert [z.shape[0] for z in fid.open_set("images")[1](range(5))] == [12, 11, 10, 9, 8]
-    Path("images/z.png").write_bytes(b"no image")
-    changed = (255 - v if i == 500 else v for i, v in enumerate(Path("a.npz").read_bytes()))
-    Path("c.npz").write_bytes(bytes(changed))
-    np.savez("float.npz", arr_0=images / 255)
-    np.savez("nan.npz", mu=np.full(2048, np.nan), sigma=np.eye(2048))
-    torch.save(argparse.Namespace(), "x.pth")  # a class: weights_only refuses it
-    read = lambda name: fid.open_set(name)[1](range(6))
-    for f, source, message in ((read, "images", "z.png cannot be used"), (read, "images/z.png", "not a zip"),
-                               (read, "c.npz", "Bad CRC-32"), (read, "float.npz", "arr_0 is float64"),
-                               (read, "nan.npz", "not finite"), (fid.load_inception, "x.pth", "x.pth"),
-                               (fid.load_inception, {}, "keys are missing")):
-        refused(message, f, source)
-    assert "gone cannot be used" in run("fid.py gone images", processes=1, fails=True)
-
-# ----------------------------------------------------------------------------- from the command line
-def test_folder_to_samples(trained):  # prepared, trained on and sampled from by the README's commands
-    shutil.copytree(trained, ".", dirs_exist_ok=True)
-    assert [entry["step"] for entry in log("out")] == [2, 4, 6] and np.isfinite(numbers("out")).all()
-    assert Image.open("out/samples.png").size == (8 * 64, 8 * 64)
-    ckpt = load("out/ckpt.pt")
-    assert ckpt["ema"]["token_projection.weight"].shape == (2 * 2 * 256, 768)  # SiT-T's own default
-    assert {"encoder": "thumbnail", "tokenizer": "pixel"}.items() <= ckpt["meta"]["settings"].items()
-    bank = MemoryBank.load(f"out/{ckpt['bank']['path']}")
-    seen = (bank[:] - ckpt["ema"]["memory_mean"]) * ckpt["config"]["memory_scale"]
-    assert ckpt["bank"]["id"] == bank.id and seen.mean(0).abs().max() < 1e-4
-    assert seen.square().mean().item() == pytest.approx(1, abs=1e-4)
-    # the same images from the command line, in other batches, by two processes, and from Python
-    ask = ("sample.py --ckpt out/ckpt.pt --num-images 10 --steps 3 --device cpu --method sde-heun --cfg 1.5 "
-           "--cfg-interval 0.2 1 --mask 0.3 --seed 5")
-    run(f"{ask} --out a.npz --batch-size 4")
-    run(f"{ask} --out b.npz --batch-size 3", processes=2)
-    a, b = made("a.npz"), made("b.npz")
-    x = generate(load_sit(ckpt), [7, 3], MemoryBank.load("out/data/bank.pt"), 5, "sde-heun", 3, cfg=1.5,
-                 interval=(0.2, 1.0), mask_ratio=0.3)
-    assert a.shape == (10, 16, 16, 3) and len(np.unique(a.reshape(10, -1), axis=0)) == 10
-    assert np.abs(a - b).max() <= 1 and np.abs(a[[7, 3]] - decode(x, ckpt["meta"])).max() <= 1  # rounding
-    assert sorted(os.listdir()) == ["a.npz", "b.npz", "images", "out"]
-    # the baselines, through the same code
-    for condition, classes in (("none", 0), ("class", 2)):
-        run(f"train.py {QUICK} --data images --steps 6 --out {condition} --condition {condition}")
-        ckpt = load(f"{condition}/ckpt.pt")
-        assert (ckpt["config"]["num_classes"], ckpt["config"]["memory_dim"]) == (classes, 0)
-    run("sample.py --ckpt class/ckpt.pt --label 1 --num-images 2 --steps 2 --out pngs")
-    x = decode(generate(load_sit(ckpt), [0, 1], steps=2, label=1), ckpt["meta"]).astype(int)
-    assert sorted(os.listdir("pngs")) == ["000000.png", "000001.png"]
-    assert all(np.abs(x[i] - np.array(Image.open(f"pngs/00000{i}.png"))).max() <= 1 for i in (0, 1))
-
-def same_run(*runs):  # their checkpoints and logs agree to the last bit
-    a, b = ([x["model"], x["ema"], x["optimizer"]["state"]] for x in (load(f"{out}/ckpt.pt") for out in runs))
-    torch.testing.assert_close(a, b, rtol=0, atol=0)
-    assert numbers(runs[0]) == numbers(runs[1]) != []
-
-def test_two_processes_and_a_resumed_run_take_the_same_steps():
-    np.savez("x.npz", arr_0=glyphs(n=300, size=16)[0])  # two blocks, one for each process
-    for n in (0, 2):
-        run(f"memory.py --data x.npz --image-size 16 --out data{n}", processes=n)
-    for file in ("latents.npy", "labels.npy"):
-        assert Path("data0", file).read_bytes() == Path("data2", file).read_bytes()
-    quick = f"train.py {QUICK} --data data0 --log-every 1 --micro-batch 4 --preview-every 0"
-    run(f"{quick} --steps 8 --out one")
-    run(f"{quick} --steps 8 --out two", processes=2)
-    run(f"{quick} --steps 5 --out cut")
-    run("train.py --resume --steps 8 --out cut --device cpu")
-    same_run("one", "cut")
-    one, two = ([x["model"], x["ema"]] for x in map(load, ("one/ckpt.pt", "two/ckpt.pt")))
-    torch.testing.assert_close(one, two, rtol=1e-5, atol=2e-5)
-    assert np.allclose(numbers("one"), numbers("two"), rtol=2e-3)
-    assert "nothing to do" in run("train.py --resume --out cut --device cpu")
-
-def test_schedule_split_and_batches_that_cover_every_image_once_an_epoch():
-    args = argparse.Namespace(lr=2.0, warmup=10, decay=(60, 100))
-    assert [learning_rate(k, args) for k in (0, 9, 30, 60, 80, 100)] == pytest.approx([0.2, 2, 2, 2, 1, 0])
-    assert split(64, None, 2) == (32, 1) and split(64, 8, 2) == (8, 4) and split(300, None, 1) == (100, 3)
-    assert [split(1024, None, n) for n in (1, 4, 8)] == [(128, 8), (128, 2), (128, 1)]
-    refused("63 or 66", split, 64, None, 3)
-    refused("1, 2, 4, 8, 16, 32", split, 64, 5, 2)
-    np.save("x.npy", glyphs(n=50, size=16)[0])
-    prepare("x.npy", "data", 16)
-    data = Data("data", seed=3, device=torch.device("cpu"))
-    rows = np.concatenate([data.rows(a, a + 5) for a in range(0, 100, 5)])
-    assert (np.sort(rows[:50]) == np.arange(50)).all() and (np.sort(rows[50:]) == np.arange(50)).all()
-    assert not (rows[:50] == rows[50:]).all() and isinstance(data.latents, np.memmap)
-    parts = [data.rows(40, 50), np.arange(50), data.rows(100, 120)]
-    assert (np.sort(data.rows(40, 120)) == np.sort(np.concatenate(parts))).all()
-    i, ((x, s, y),) = data.rows(48, 53), data.batches([(48, 53)])
-    assert torch.equal(y, torch.full((5,), -1)) and torch.equal(s, data.bank[i])
-    assert torch.allclose(x, torch.from_numpy(data.latents[i]) / 127.5 - 1, atol=1e-6)
-
-def test_blocks_go_on_after_a_kill_and_start_anew_with_other_settings():
-    make = lambda settings: Blocks("b", settings, {"x.npy": ((10, 2), "int64")}, 4)
-    blocks = make({"a": 1})
-    assert blocks.todo == [range(0, 4), range(4, 8), range(8, 10)]
-    blocks.write(range(4, 8), x=np.full((4, 2), 7))
-    again = make({"a": 1})
-    assert again.todo == [range(0, 4), range(8, 10)] and (again.arrays["x.npy"][4:8] == 7).all()
-    refused("2 of 3 blocks", again.finish, error=RuntimeError)
-    assert len(make({"a": 2}).todo) == 3
-
-def test_killed_and_stopped_runs_end_as_if_nothing_had_happened():
-    np.savez("x.npz", arr_0=glyphs(n=64, size=16)[0])
-    command = f"train.py {QUICK} --data x.npz --log-every 1 --save-every 2 --steps 80"
-    run(f"{command} --preview-every 0 --out one")
-    command, ckpt = f"{command} --preview-every 20 --out cut", Path("cut/ckpt.pt")
-    modified = lambda: ckpt.stat().st_mtime_ns if ckpt.exists() else 0
-    for number, wait in zip([signal.SIGKILL] * 3 + [signal.SIGTERM], (0.03, 0.2, 0, 0)):  # mostly in saving
-        was, p = modified(), start(command)
-        wait_for(lambda: modified() > was, p)
-        time.sleep(wait)
-        p.send_signal(number)
-        (stdout, stderr), command = p.communicate(), "train.py --resume --out cut --device cpu"
-    step = load(ckpt)["step"]
-    assert p.returncode == 0 and f"holds step {step}: stopped by a signal" in stdout, stdout + stderr
-    assert step < 80 and len(log("cut")) == step and not os.path.exists("one/samples.png")
-    with open("cut/log.jsonl", "a") as f:
-        f.write('{"step": 79}\n{"st')  # as left behind by a kill
-    os.remove("x.npz")  # what is prepared is enough
-    run(command)
-    same_run("one", "cut")
-    assert {"samples.png", "samples-0000080.png"} <= {*os.listdir("cut")} and not [*Path("cut").glob("*.tmp")]
-
-def test_a_dead_process_ends_the_others(trained):
-    quick = f"train.py {QUICK} --steps 9999 --decay 0 0 --save-every 1 --out out --data"
-    p = start(quick, trained / "out/data", processes=2)
-    wait_for(lambda: os.path.exists("out/ckpt.pt"), p)
-    workers = subprocess.run(["pgrep", "-P", str(p.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(workers[-1]), signal.SIGKILL)
-    message = p.communicate(timeout=60)[1]
-    assert p.returncode not in (0, None) and "Signal 9" in message and load("out/ckpt.pt")["step"] >= 1
-
-def test_a_full_disk_leaves_the_old_checkpoint(trained):
-    shutil.copytree(trained / "out", "out")
-    before = Path("out/ckpt.pt").read_bytes()
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2,) * 2)
-    p = start("train.py --resume --steps 8 --out out --device cpu", preexec_fn=limit)
-    message = p.communicate()[1]
-    assert p.returncode == 2 and "what was there is kept" in message.splitlines()[-1], message
-    assert Path("out/ckpt.pt").read_bytes() == before and not os.path.exists("out/ckpt.pt.tmp")
-
-def test_steps_that_are_not_finite_are_skipped_by_all_processes():
-    np.save("x.npy", glyphs(n=96, size=16)[0])
-    prepare("x.npy", "data", 16)
-    latents = np.load("data/latents.npy").astype(np.float16)
-    latents[5] = np.nan  # in one batch of six, and there in one micro-batch
-    np.save("data/latents.npy", latents)
-    quick = f"train.py {QUICK} --data data --log-every 1 --micro-batch 4 --preview-every 0"
-    for name, processes in (("one", 0), ("two", 2)):
-        run(f"{quick} --steps 20 --out {name}", processes=processes)
-    one, two = load("one/ckpt.pt"), load("two/ckpt.pt")
-    assert one["skipped"] == two["skipped"] == 4  # of 20 steps 3 1/3 epochs
-    assert all(s["step"] == 16 for s in one["optimizer"]["state"].values())
-    assert all(torch.isfinite(v).all() for v in one["model"].values())
-    torch.testing.assert_close(one["model"], two["model"], rtol=1e-5, atol=5e-5)
-    assert [entry["loss"] is None for entry in log("one")].count(True) == log("one")[-1]["skipped"] == 4
-    np.save("data/latents.npy", np.full_like(latents, np.inf))
-    refused("no finite loss or gradient in 50 steps, to 50", run, f"{quick} --out all", error=SystemExit)
-
-def test_preparation_and_sampling_go_on_after_a_kill(trained):
-    folder_of_images("images", 1200, 64)
-    shutil.copytree(trained / "out", "out")
-    for command, out, done, files in (
-            ("memory.py --image-size 32 --data images", "data", "/parts/done.npy",
-             ["/latents.npy", "/labels.npy", "/bank.pt", "/meta.json"]),
-            ("sample.py --ckpt out --num-images 60 --batch-size 2", "s.npz", ".parts/done.npy", [""])):
-        killed, whole, done = f"killed-{out}", f"whole-{out}", f"killed-{out}{done}"
-        p = start(f"{command} --out {killed}")
-        wait_for(lambda: os.path.exists(done) and os.path.getsize(done) > 128 and np.load(done).any(), p)
-        p.kill()
-        p.communicate()
-        assert not os.path.isfile(killed) and not os.path.exists(f"{killed}/meta.json")
-        assert "are done already" in run(f"{command} --out {killed}")
-        run(f"{command} --out {whole}")
-        assert all(Path(killed + f).read_bytes() == Path(whole + f).read_bytes() for f in files)
-        assert not os.path.exists(done)
-
-def test_damaged_and_crafted_files_are_refused():
-    class Crafted:
-        def __reduce__(self):
-            return os.mkdir, (os.path.abspath("ran"),)
-    Path("pickle.pt").write_bytes(pickle.dumps(Crafted()))
-    torch.save({"mean": Crafted()}, "zip.pt")
-    Path("no.pt").write_bytes(b"PK\x03\x04 nothing")
-    MemoryBank.build(features(50, 16), 4, labels=range(50)).save("bank.pt")
-    whole = Path("bank.pt").read_bytes()
-    for cut in [0, 1, 100, *np.random.default_rng(0).integers(0, len(whole), 20).tolist()]:
-        Path(f"{cut}.pt").write_bytes(whole[:cut])
-    for name in set(os.listdir()) - {"bank.pt"}:
-        refused(f"{name} is damaged", MemoryBank.load, name)
-    state = load("bank.pt")
-    for key, value in dict(mean=state["mean"][:3], coef=state["coef"].long(), basis=state["basis"][0],
-                           scale="4", labels=state["labels"][1:], energy=None, id=3).items():
-        torch.save({**state, key: value}, "wrong.pt")
-        refused("wrong.pt is no memory bank", MemoryBank.load, "wrong.pt")
+@pytest.mark.parametrize("form", ["pickle", "zip"])
+def test_a_crafted_file_is_refused_and_not_run(form):
+    if form == "pickle":
+        Path("crafted.pt").write_bytes(pickle.dumps(Crafted()))
+    else:
+        torch.save({"mean": Crafted()}, "crafted.pt")
+    refused("crafted.pt is damaged", MemoryBank.load, "crafted.pt", error=memory.InputError)
     assert not os.path.exists("ran")
 
-def test_external_and_internal_memory_and_audit():
-    digits, _ = glyphs(n=3, size=32, characters="357")
-    for i, image in enumerate(digits):
-        Image.fromarray(image).save(f"{i}.png")
-    run("train.py --steps 40 --batch-size 64 --preview-every 0 --out o")
-    ask = "sample.py --ckpt o --steps 4 --device cpu"
-    run(f"{ask} --out a.npz --add 0.png 2.png --num-images 5 --save-bank more.pt")
-    rows = made("a.npz").reshape(2, 6, 32, 32, 3)
-    assert (rows[0, 0] == digits[0]).all() and (rows[1, 0] == digits[2]).all()
-    bank, more = MemoryBank.load("o/data/bank.pt"), MemoryBank.load("more.pt")
-    assert len(more) == len(bank) + 2 and torch.allclose(more[:99], bank[:99], atol=1e-6)
-    s = thumbnail(torch.from_numpy(digits).permute(0, 3, 1, 2) / 127.5 - 1)
-    assert ((F.normalize(s[[0, 2]], dim=1) * more[-2:]).sum(1) > 0.999).all()  # nothing of them is lost
-    assert (bank.nearest(s[[0, 2]])[0] < 0.999).all()
-    ckpt = load("o/ckpt.pt")
-    want = decode(generate(load_sit(ckpt), range(5), None, steps=4, s=more[-2].expand(5, -1)), ckpt["meta"])
-    assert np.abs(rows[0, 1:] - want).max() <= 1  # a row is that snippet with the noises 0 .. 4
-    run(f"{ask} --out m.npz --mix 7 1.png --num-images 5 --mix-method lerp")
-    mixed = made("m.npz")
-    far = np.abs(mixed - mixed[:1]).mean((1, 2, 3))
-    assert far[0] == 0 and (np.diff(far) > 0).all()  # one noise, from the one to the other
-    ends = [generate(load_sit(ckpt), [0], steps=4, s=a) for a in (bank[[7]], F.normalize(s[1:2]))]
-    assert np.abs(mixed[[0, -1]] - decode(torch.cat(ends), ckpt["meta"])).mean() < 1
-    os.renames("1.png", "d/1.png")
-    out = run(f"{ask} --out audit.png --audit d --num-images 20", processes=2)
-    own, near, _, held = (float(median[:5]) for median in re.findall(r"\w +median (.*)", out))
-    data = (np.load("o/data/latents.npy").reshape(10400, -1) - 127.5) / 127.5
-    d = np.sqrt(((data - (digits[1].transpose(2, 0, 1).reshape(-1) - 127.5) / 127.5) ** 2).mean(1))
-    assert held == pytest.approx(d.min(), abs=2e-3) and 0 < near <= own
-    assert Image.open("audit.png").size == (16 * 64, 3 * 64)
 
-def test_latents_dinov2_and_alignment_from_the_command_line():  # small random networks, official formats
-    vae, dino = randomised(AutoencoderKL(4, (32, 32), 1)), randomised(DINOv2(64, 2, 8))
-    torch.save({"state_dict": vae.state_dict()}, "vae.pt")
-    torch.save(dino.state_dict(), "dino.pth")
-    folder_of_images("images", 30)
-    for n in (0, 2):
-        run("memory.py --data images --tokenizer vae.pt --encoder dino.pth --image-size 32 --flip --patches "
-            f"--rank 16 --out {n}", processes=n)
-    z, meta = np.load("0/latents.npy"), memory.read_json("0/meta.json")
-    assert z.shape == (60, 4, 16, 16) and z.dtype == np.float16 and meta["latent"] == [4, 16, 16]
-    assert np.abs(z.astype(float) - np.load("2/latents.npy")).max() < 1e-3
-    images = np.stack([Images("images", 32)[i] for i in range(30)])
-    x = torch.from_numpy(np.concatenate([images, images[:, :, ::-1]])).permute(0, 3, 1, 2)
+def test_a_file_that_is_no_zip_is_refused():
+    Path("no.pt").write_bytes(b"PK\x03\x04 nothing")
+    refused("no.pt is damaged", MemoryBank.load, "no.pt", error=memory.InputError)
+
+
+def test_a_file_that_is_cut_off_anywhere_is_refused():
+    MemoryBank.build(features(50, 16), 4, labels=range(50)).save("bank.pt")
+    whole = Path("bank.pt").read_bytes()
+    lengths = np.random.default_rng(0).integers(0, len(whole), 20).tolist()
+    for length in [0, 1, 100, *lengths]:
+        Path("cut.pt").write_bytes(whole[:length])
+        refused("cut.pt is damaged", MemoryBank.load, "cut.pt", error=memory.InputError)
+
+
+@pytest.mark.parametrize("name", ["mean", "coef", "basis", "scale", "labels", "energy", "id"])
+def test_a_file_with_a_wrong_part_is_refused(name):
+    MemoryBank.build(features(50, 16), 4, labels=range(50)).save("bank.pt")
+    state = load("bank.pt")
+    wrong = {
+        "mean": state["mean"][:3],
+        "coef": state["coef"].long(),
+        "basis": state["basis"][0],
+        "scale": "4",
+        "labels": state["labels"][1:],
+        "energy": None,
+        "id": 3,
+    }
+    torch.save({**state, name: wrong[name]}, "wrong.pt")
+    message = "wrong.pt is damaged, or no memory bank"
+    refused(message, MemoryBank.load, "wrong.pt", error=memory.InputError)
+
+
+def test_a_file_without_a_part_is_refused_and_the_part_is_named():
+    MemoryBank.build(features(50, 16), 4).save("bank.pt")
+    state = load("bank.pt")
+    del state["basis"]
+    torch.save(state, "less.pt")
+    message = "less.pt is no memory bank: it lacks .basis"
+    refused(message, MemoryBank.load, "less.pt", error=memory.InputError)
+
+
+def test_a_file_that_is_not_there_is_a_file_not_found_error():
+    refused("gone.pt", MemoryBank.load, "gone.pt", error=FileNotFoundError)
+
+
+# ---------------------------------------------------------------------------- extension
+
+# rank and dtype of a bank -> the largest error of a row that is added
+EXTENSIONS = [
+    (64, "float32", 1e-5),
+    (64, "float16", 2e-3),
+    (64, "int8", 0.02),
+    ("full", "float16", 2e-3),
+]
+
+
+def rows_in_64_columns():
+    """(400, 96) of which the last 32 columns are zero."""
+    return features(400, 96) * (torch.arange(96) < 64)
+
+
+def new_rows():
+    """(30, 96), in all columns."""
+    return features(30, 96, seed=1)
+
+
+@pytest.fixture(params=EXTENSIONS, ids=str)
+def extension(request):
+    """A bank, the snippets that it had, the extended bank, the largest error."""
+    rank, dtype, worst = request.param
+    bank = MemoryBank.build(
+        rows_in_64_columns(), rank, dtype, encoder="e", labels=np.arange(400) % 5
+    )
+    before = bank[:]
+    more = bank.extend(new_rows(), labels=[7] * 30)
+    return argparse.Namespace(bank=bank, before=before, more=more, worst=worst)
+
+
+def test_extending_leaves_the_bank_itself_as_it_was(extension):
+    again = MemoryBank.build(
+        rows_in_64_columns(),
+        extension.bank.rank,
+        extension.bank.coef.dtype.name,
+        encoder="e",
+        labels=np.arange(400) % 5,
+    )
+    assert extension.bank.id == again.id
+    assert torch.equal(extension.bank[:], extension.before)
+    assert extension.more.id != extension.bank.id
+
+
+def test_extension_keeps_old_rows(extension):
+    bank = extension.bank
+    more = extension.more
+    assert torch.allclose(more[:400], extension.before, atol=1e-6)
+    assert (more.coef[:400, : bank.rank] == bank.coef).all()
+    assert (more.scale[:400] == bank.scale).all()
+
+
+def test_extension_adds_the_new_rows(extension):
+    assert len(extension.more) == 430
+    error = distances(extension.more[400:], F.normalize(new_rows(), dim=1))
+    assert error.max() < extension.worst
+
+
+def test_extension_keeps_encoder_labels_and_dtype(extension):
+    bank = extension.bank
+    more = extension.more
+    assert more.encoder == "e"
+    assert more.coef.dtype == bank.coef.dtype
+    assert (more.labels[:400] == bank.labels).all()
+    assert (more.labels[400:] == 7).all()
+
+
+def test_the_basis_of_an_extended_bank_is_orthonormal(extension):
+    basis = extension.more.basis
+    assert np.allclose(basis @ basis.T, np.eye(len(basis)), atol=1e-5)
+
+
+def test_the_basis_is_orthonormal_where_new_rows_are_almost_within_it():
+    old = rows_in_64_columns()
+    bank = MemoryBank.build(old, 64)
+    more = bank.extend(old[:5] + 5e-4 * new_rows()[:5])
+    assert more.rank > 64
+    assert np.allclose(more.basis @ more.basis.T, np.eye(more.rank), atol=1e-5)
+
+
+def test_an_extended_full_bank_has_no_new_directions():
+    bank = MemoryBank.build(rows_in_64_columns(), "full")
+    assert bank.extend(new_rows()).rank == 96
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_30_rows_bring_30_new_directions_or_as_many_as_the_limit(dtype):
+    bank = MemoryBank.build(rows_in_64_columns(), 64, dtype)
+    assert bank.extend(new_rows()).rank == 94
+    assert bank.extend(new_rows(), limit=5).rank == 69
+    assert bank.extend(new_rows(), limit=0).rank == 64
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_rows_within_the_basis_bring_no_new_direction(dtype):
+    bank = MemoryBank.build(rows_in_64_columns(), 64, dtype)
+    assert bank.extend(rows_in_64_columns()[:9]).rank == 64
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_more_new_directions_keep_more_of_the_new_rows(dtype):
+    bank = MemoryBank.build(rows_in_64_columns(), 64, dtype)
+    errors = []
+    for limit in (0, 5, 29):
+        added = bank.extend(new_rows(), limit=limit)[400:]
+        errors.append((added - new_rows()).square().sum())
+    assert errors[0] > errors[1] > errors[2]
+
+
+def test_rows_far_outside_of_those_of_the_bank_are_accurate_in_int8():
+    old = rows_in_64_columns()
+    bank = MemoryBank.build(0.01 * old + old[:1], 64, "int8")  # all in one place
+    wide = bank.extend(-old[:3])  # the opposite one
+    want = -F.normalize(old[:3], dim=1)
+    assert wide.coef.dtype == np.int8
+    assert distances(wide[400:], want).max() < 0.022
+    assert distances(wide[400:], want).mean() < 0.015
+    assert torch.allclose(wide[:400], bank[:], atol=1e-6)
+
+
+def test_rows_that_are_added_without_labels_to_labelled_ones_have_the_label_minus_1():
+    bank = MemoryBank.build(rows_in_64_columns(), 64, labels=np.arange(400))
+    more = bank.extend(new_rows())
+    assert (more.labels == [*range(400), *[-1] * 30]).all()
+
+
+def test_unlabelled_rows_have_the_label_minus_1_where_labelled_ones_are_added():
+    bank = MemoryBank.build(rows_in_64_columns(), 64)
+    more = bank.extend(new_rows(), labels=range(30))
+    assert (more.labels == [*[-1] * 400, *range(30)]).all()
+
+
+def test_a_bank_without_labels_extended_without_labels_has_none():
+    bank = MemoryBank.build(rows_in_64_columns(), 64)
+    assert len(bank.extend(new_rows()).labels) == 0
+
+
+def test_an_extended_bank_is_saved_and_loaded():
+    more = MemoryBank.build(rows_in_64_columns(), 64).extend(new_rows())
+    more.save("more.pt")
+    assert torch.equal(MemoryBank.load("more.pt")[:], more[:])
+
+
+# ---------------------------------------------------------------------------- mask and mix
+
+
+def test_mask_sets_a_part_to_zero_and_divides_the_rest():  # dropout
+    masked = mask(torch.ones(200, 500), 0.4, torch.Generator().manual_seed(0))
+    assert torch.equal(masked.unique(), torch.tensor([0, 1 / 0.6]))
+    zeros = (masked == 0).float()
+    assert abs(zeros.mean() - 0.4) < 0.01
+
+
+def test_mask_takes_every_entry_equally_often():
+    masked = mask(torch.ones(200, 500), 0.4, torch.Generator().manual_seed(0))
+    zeros = (masked == 0).float()
+    assert abs(zeros.mean(0) - 0.4).max() < 0.2
+
+
+METHODS = ("slerp", "lerp", "concat", "mask")
+ALPHA = torch.linspace(0, 1, 9)[:, None, None]
+
+
+def pairs_to_mix():
+    """-> a, b (7, 64), unit-norm; the first pair is equal, the second opposite, the third close"""
+    torch.manual_seed(0)
+    a, b = F.normalize(torch.randn(2, 7, 64), dim=-1)
+    b[0] = a[0]
+    b[1] = -a[1]
+    b[2] = F.normalize(a[2] + 1e-7, dim=0)
+    return a, b
+
+
+def mixtures_by(method):
+    """-> a, b (7, 64) and their mixes (9, 7, 64) at ALPHA"""
+    a, b = pairs_to_mix()
+    return a, b, mix(a.expand(9, 7, 64), b.expand(9, 7, 64), ALPHA, method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_mixes_have_unit_norm(method):
+    _, _, m = mixtures_by(method)
+    assert torch.allclose(m.norm(dim=-1), torch.ones(9, 7), atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_mixes_go_from_a_to_b(method):
+    a, b, m = mixtures_by(method)
+    assert torch.allclose(m[0], a, atol=1e-5)
+    assert torch.allclose(m[-1], b, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["slerp", "lerp", "concat"])
+def test_mixes_leave_a_step_by_step(method):
+    a, _, m = mixtures_by(method)
+    cosine_to_a = (m * a).sum(-1)[:, 3:]
+    assert (cosine_to_a[:-1] - cosine_to_a[1:] > -1e-5).all()
+
+
+def test_slerp_goes_a_part_of_the_angle():
+    a, b, m = mixtures_by("slerp")
+    angle = torch.acos((a * b).sum(-1).clamp(-1, 1))
+    cosine_to_a = (m * a).sum(-1)
+    assert torch.allclose(cosine_to_a[:, 3:], (ALPHA[..., 0] * angle).cos()[:, 3:], atol=1e-5)
+
+
+def test_slerp_between_opposite_snippets_makes_half_a_turn():
+    a, _, m = mixtures_by("slerp")
+    cosine_to_a = (m[:, 1] * a[1]).sum(-1)
+    assert torch.allclose(cosine_to_a, (ALPHA[:, 0, 0] * np.pi).cos(), atol=1e-4)
+
+
+def test_slerp_stays_in_the_plane_of_a_and_b():
+    a, b, m = mixtures_by("slerp")
+    for i in range(3, 7):
+        plane = torch.linalg.qr(torch.stack([a[i], b[i]]).T)[0]
+        within = m[:, i] @ plane @ plane.T
+        assert torch.allclose(within, m[:, i], atol=1e-5)
+
+
+def test_lerp_is_the_normalised_weighted_sum():
+    a, b, m = mixtures_by("lerp")
+    weighted = (1 - ALPHA) * a + ALPHA * b
+    want = weighted / weighted.norm(dim=-1, keepdim=True)
+    assert torch.allclose(m[:, 3:], want[:, 3:], atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["concat", "mask"])
+def test_concat_and_mask_take_every_entry_from_one_of_the_two(method):
+    a, b, m = mixtures_by(method)
+    from_a = m[4, 3:] / a[3:]  # up to the scale of the row, which is the same for both
+    from_b = m[4, 3:] / b[3:]
+    is_of_a = (from_a - from_a.median(1, keepdim=True)[0]).abs() < 1e-4
+    scale = torch.where(is_of_a, from_a, from_b)
+    assert torch.allclose(scale, scale[:, :1].expand_as(scale), atol=1e-3)
+
+
+def test_concat_takes_the_first_entries_from_a_and_the_last_from_b():
+    a, b, m = mixtures_by("concat")
+    joined = torch.cat([a[:, :48], b[:, 48:]], dim=1)  # a quarter from b
+    want = F.normalize(joined, dim=1)
+    assert torch.allclose(m[2, 3:], want[3:], atol=1e-6)
+
+
+def test_mixing_by_mask_depends_on_the_generator():
+    a, b = pairs_to_mix()
+    one = mix(a, b, 0.5, "mask", torch.Generator().manual_seed(1))
+    again = mix(a, b, 0.5, "mask", torch.Generator().manual_seed(1))
+    other = mix(a, b, 0.5, "mask", torch.Generator().manual_seed(2))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+
+
+def test_an_unknown_method_of_mixing_is_refused_with_the_known_ones():
+    a, b = pairs_to_mix()
+    message = "slurp.*slerp, lerp, concat, mask"
+    refused(message, mix, a, b, 0.5, "slurp", error=memory.InputError)
+
+
+# ---------------------------------------------------------------------------- several processes
+
+TWO_PROCESSES = """
+import os
+import sys
+import time
+
+import numpy as np
+import torch
+
+import memory
+from memory import InputError, MemoryBank
+
+memory.init_distributed(torch.device("cpu"))
+process, _ = memory.rank_world()
+
+# the command
+for flags in ("--energy 0.9 --out energy2.pt", "--rank full --out full2.pt"):
+    sys.argv = ["memory.py", "--features", "f.npy", *flags.split()]
+    memory.main()
+
+# a call by both
+features = np.load("f.npy", mmap_mode="r")
+bank = MemoryBank.build(features, 8, distributed=True)
+memory.write_json(f"both{process}.json", None if bank is None else len(bank))
+
+# an image that one of them finds to be broken
+try:
+    memory.prepare("images", "data", image_size=16)
+except InputError as e:
+    memory.write_json(f"broken{process}.json", str(e))
+
+# a call by process 0 alone; the other is in no collective meanwhile
+memory.barrier()
+if process == 0:
+    MemoryBank.build(features, 8, labels=range(9001)).save("alone.pt")
+else:
+    end = time.time() + 30
+    while not os.path.exists("alone.pt"):
+        if time.time() > end:
+            sys.exit("process 0 does not return")
+        time.sleep(0.1)
+memory.barrier()
+"""
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """A folder with f.npy, and what TWO_PROCESSES, run by torchrun, has made of it."""
+    folder = tmp_path_factory.mktemp("two")
+    np.save(folder / "f.npy", features(9001, 48))  # three blocks for one, two for each of two
+    folder_of_images(folder / "images", 6)
+    Path(folder, "images/class0/bad.png").write_bytes(b"no image")
+    Path(folder, "two.py").write_text(TWO_PROCESSES)
+    environment = {**os.environ, "PYTHONPATH": HERE}
+    process = start(f"{folder}/two.py", processes=2, cwd=folder, env=environment)
+    try:
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 0, out + err
+    return folder
+
+
+def test_two_processes_build_the_bank_that_one_builds(two_processes):
+    run(f"memory.py --features {two_processes}/f.npy --energy 0.9 --out energy1.pt")
+    one = MemoryBank.load("energy1.pt")
+    two = MemoryBank.load(f"{two_processes}/energy2.pt")
+    assert np.allclose(one.mean, two.mean, atol=1e-7)
+    assert np.allclose(one.basis, two.basis, atol=1e-6)
+    assert np.allclose(one.scale, two.scale, rtol=1e-5)
+    assert np.abs(one.coef.astype(int) - two.coef).max() <= 1
+    assert (one.coef == two.coef).mean() > 0.999
+
+
+def test_two_processes_build_the_full_bank_that_one_builds(two_processes):
+    text = run(f"memory.py --features {two_processes}/f.npy --rank full --out full1.pt")
+    assert "by unknown" in text
+    one = MemoryBank.load("full1.pt")
+    two = MemoryBank.load(f"{two_processes}/full2.pt")
+    assert one.rank == two.rank == 48
+    assert two.coef.dtype == np.float16
+    assert torch.allclose(one[:], two[:], atol=1e-3)
+
+
+def test_of_two_processes_the_first_gets_the_bank_and_the_other_none(two_processes):
+    assert memory.read_json(two_processes / "both0.json") == 9001
+    assert memory.read_json(two_processes / "both1.json") is None
+
+
+def test_in_a_group_of_processes_one_alone_can_build_a_bank(two_processes):
+    alone = MemoryBank.load(two_processes / "alone.pt")
+    assert len(alone) == 9001  # all rows, not a share
+    want = MemoryBank.build(np.load(two_processes / "f.npy"), 8)
+    assert torch.allclose(alone[:], want[:], atol=1e-3)
+
+
+def test_a_broken_image_is_known_to_all_processes(two_processes):
+    for process in (0, 1):
+        message = memory.read_json(two_processes / f"broken{process}.json")
+        assert "1 of 7 files in images do not decode: class0/bad.png" in message
+
+
+def test_preparing_on_several_nodes_is_refused(monkeypatch):
+    np.save("x.npy", glyphs(n=4, size=16)[0])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setattr(memory, "rank_world", lambda: (0, 2))
+    refused("use one node", prepare, "x.npy", "data", image_size=16, error=memory.InputError)
+    assert os.listdir() == ["x.npy"]
+
+
+# ---------------------------------------------------------------------------- copied alone
+
+ALONE = """
+import importlib.util
+
+import numpy as np
+import torch
+
+from memory import MemoryBank, mask, mix
+
+assert importlib.util.find_spec("model") is None
+features = np.load("f.npy")
+MemoryBank.build(features, 8, labels=range(100)).save("saved.pt")
+bank = MemoryBank.load("saved.pt")
+assert bank[[1, 2]].shape == (2, 32)
+assert bank.project(features[:3]).shape == (3, 8)
+more = bank.extend(-features[:3], labels=[5, 6, 7])
+assert len(more) == 103
+similarity, index = more.nearest(-features[:3])
+assert index.flatten().tolist() == [100, 101, 102]
+assert mask(bank[:4], 0.4).shape == (4, 32)
+for method in ("slerp", "lerp", "concat", "mask"):
+    assert mix(bank[0], bank[1], 0.5, method).shape == (32,)
+print("all well")
+"""
+
+
+def run_alone(argv):
+    """Runs python in this folder, where no other file of the project is found -> its stdout"""
+    environment = {name: os.environ[name] for name in os.environ if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, *argv], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_memory_py_gives_bank_mask_and_mix_when_it_is_copied_alone_into_an_empty_folder():
+    shutil.copy(os.path.join(HERE, "memory.py"), ".")
+    np.save("f.npy", features(100, 32))
+    Path("alone.py").write_text(ALONE)
+    assert run_alone(["alone.py"]) == "all well\n"
+
+
+def test_the_command_makes_a_bank_of_features_when_memory_py_is_copied_alone():
+    shutil.copy(os.path.join(HERE, "memory.py"), ".")
+    f = features(100, 32)
+    np.save("f.npy", f)
+    text = run_alone(["memory.py", "--features", "f.npy", "--out", "bank.pt"])
+    assert "bank.pt: N 100, D 32, rank 32" in text
+    assert (cosine(MemoryBank.load("bank.pt")[:], f) > 0.999).all()
+
+
+# ---------------------------------------------------------------------------- glyphs
+
+
+def test_glyphs_are_labelled_images():
+    images, labels = glyphs(n=260, size=16)
+    assert images.shape == (260, 16, 16, 3)
+    assert images.dtype == np.uint8
+    assert labels.shape == (260,)
+
+
+def test_glyphs_are_the_same_each_time():
+    first, _ = glyphs(n=260, size=16, seed=0)
+    again, _ = glyphs(n=260, size=16, seed=0)
+    assert (first == again).all()
+
+
+def test_glyphs_of_another_seed_are_others():
+    first, _ = glyphs(n=260, size=16, seed=0)
+    other, _ = glyphs(n=260, size=16, seed=1)
+    assert not (first == other).all()
+
+
+def test_every_glyph_is_there_equally_often():
+    _, labels = glyphs(n=260, size=16)
+    assert (np.bincount(labels) == 10).all()
+
+
+def test_no_two_glyphs_are_the_same():
+    images, _ = glyphs(n=260, size=16)
+    assert len(np.unique(images.reshape(260, -1), axis=0)) == 260
+
+
+def test_every_glyph_shows_something():
+    digits, _ = glyphs(n=10, size=16, characters="0123456789")
+    assert digits.std(axis=(1, 2)).max(axis=1).min() > 10
+
+
+def test_some_backgrounds_of_glyphs_are_flat_and_some_are_gradients():
+    images, _ = glyphs(n=260, size=16)
+    difference = images[:, 0, 0].astype(int) - images[:, -1, -1]  # of opposite corners
+    flat = np.abs(difference).max(axis=1) < 2
+    assert 0.3 < flat.mean() < 0.8
+
+
+# ---------------------------------------------------------------------------- images
+
+
+def red():
+    """An image of one colour."""
+    return Image.new("RGB", (4, 4), (200, 10, 20))
+
+
+def grey_16_bit():
+    """An image of 16-bit grey, half way between black and white."""
+    return Image.fromarray(np.full((4, 4), 0x8080, np.uint16))
+
+
+MODES = {  # name: (image, its colour in RGB)
+    "RGB": (red(), (200, 10, 20)),
+    "palette": (red().quantize(4), (200, 10, 20)),
+    "grey": (Image.new("L", (4, 4), 77), 77),
+    "transparent": (Image.new("RGBA", (4, 4), (0, 0, 0, 0)), 255),
+    "transparent grey": (Image.new("LA", (4, 4), (9, 0)), 255),
+    "CMYK": (Image.new("CMYK", (4, 4), (0, 0, 0, 0)), 255),
+    "black and white": (Image.new("1", (4, 4), 1), 255),
+    "16-bit grey": (grey_16_bit(), 128),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_images_of_every_mode_become_rgb(mode):
+    image, want = MODES[mode]
+    rgb = to_rgb(image)
+    assert rgb.mode == "RGB"
+    assert np.abs(np.asarray(rgb).astype(int) - want).max() <= 1
+
+
+def test_images_become_upright():
+    wide = Image.new("RGB", (6, 4), (0, 0, 255))
+    exif = wide.getexif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    wide.save("wide.png", exif=exif)
+    with Image.open("wide.png") as image:
+        assert to_rgb(image).size == (4, 6)
+
+
+def test_the_crop_is_the_centre():
+    rows = np.arange(90, dtype=np.uint8).repeat(30).reshape(90, 30)  # row i is i
+    crop = center_crop(Image.fromarray(rows).convert("RGB"), 10)
+    assert crop.size == (10, 10)
+    assert abs(np.asarray(crop).mean() - 44.5) < 1
+
+
+# name of a file: (whether it has labels, whether it is mapped into memory)
+ARRAYS = {"stored.npz": (True, False), "compressed.npz": (True, False), "plain.npy": (False, True)}
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_arrays_are_images_and_labels_and_an_npy_is_mapped(name):
+    has_labels, is_mapped = ARRAYS[name]
+    x = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
+    y = np.array([0, 1, 2, 1, 0])
+    np.savez("stored.npz", arr_0=x, arr_1=y)
+    np.savez_compressed("compressed.npz", images=x, labels=y)
+    np.save("plain.npy", x)
+    images = Images(name, 8)
+    for i in range(5):
+        assert (images[i] == x[i]).all()
+    assert (images.labels == (y if has_labels else -1)).all()
+    assert images.classes == (["0", "1", "2"] if has_labels else [])
+    assert isinstance(images.array, np.memmap) == is_mapped
+
+
+def test_a_flat_folder_has_no_labels():
+    os.mkdir("flat")
+    for i in range(3):
+        red().save(f"flat/{i}.png")
+    images = Images("flat", 4)
+    assert (images.labels == [-1, -1, -1]).all()
+    assert images.classes == []
+
+
+def test_images_beside_class_folders_are_refused():
+    folder_of_images("images", 4)
+    red().save("images/beside.png")
+    refused("images beside class folders", Images, "images", 4, error=memory.InputError)
+
+
+@pytest.mark.parametrize("name", ["images", "images/"])
+def test_hidden_folders_are_passed_over(name):
+    folder_of_images("images", 4)
+    os.mkdir("images/.hidden")
+    red().save("images/.hidden/no.png")
+    images = Images(name, 4)
+    assert len(images) == 4
+    assert images.classes == ["class0", "class1"]
+
+
+def test_a_batch_of_images_is_in_the_order_of_its_rows():
+    folder_of_images("images", 8)
+    images = Images("images", 16, flip=True)
+    rows = [3, 12, 0, 15]
+    batch = images.batch(rows)
+    assert batch.shape == (4, 16, 16, 3)
+    assert batch.dtype == torch.uint8
+    for row, image in zip(rows, batch, strict=True):
+        assert (image.numpy() == images[row]).all()
+
+
+def test_bad_files_are_left_out_where_that_is_asked_for(capsys):
+    folder_of_images("images", 6)
+    Path("images/class0/x.png").write_bytes(b"no")
+    refused("1 of 7 files in images do not decode: class0/x.png", Images, "images", 8)
+    assert len(Images("images", 8, skip_bad=True)) == 6
+    assert "class0/x.png" in capsys.readouterr().out  # it is said
+
+
+def test_prepared_folders_leave_bad_files_out_where_that_is_asked_for():
+    folder_of_images("images", 6)
+    Path("images/class0/x.png").write_bytes(b"no")
+    prepare("images", "data", image_size=16, skip_bad=True)
+    assert memory.read_json("data/meta.json")["images"] == 6
+    assert "N 6," in str(MemoryBank.load("data/bank.pt"))
+
+
+# ---------------------------------------------------------------------------- latents
+
+
+def test_normalised_latents_are_less_the_mean_over_std_per_channel():
+    stats = stats_tensor({"mean": [1.0, -2.0, 0.5], "std": [2.0, 0.5, 4.0]}, "cpu")
+    z = torch.randn(5, 3, 4, 6)
+    x = normalize_latents(z, stats)
+    assert torch.allclose(x[:, 0], (z[:, 0] - 1.0) / 2.0)
+    assert torch.allclose(x[:, 1], (z[:, 1] + 2.0) / 0.5)
+    assert torch.allclose(x[:, 2], (z[:, 2] - 0.5) / 4.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.uint8])
+def test_denormalising_undoes_normalising(dtype):
+    stats = stats_tensor({"mean": [1.0, -2.0, 0.5], "std": [2.0, 0.5, 4.0]}, "cpu")
+    z = (50 * torch.rand(5, 3, 4, 6)).to(dtype)
+    x = normalize_latents(z, stats)
+    assert x.dtype == torch.float32
+    assert torch.allclose(denormalize_latents(x, stats), z.float(), atol=1e-5)
+
+
+def test_normalising_undoes_denormalising():
+    stats = stats_tensor({"mean": [1.0, -2.0, 0.5], "std": [2.0, 0.5, 4.0]}, "cpu")
+    x = torch.randn(5, 3, 4, 6)
+    assert torch.allclose(normalize_latents(denormalize_latents(x, stats), stats), x, atol=1e-5)
+
+
+def test_pixels_are_normalised_to_minus_1_to_1():
+    settings = {"tokenizer": "pixel", "latent_stats": None}
+    mean, std = memory.known_stats(settings)
+    stats = stats_tensor({"mean": mean, "std": std}, "cpu")
+    z = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 1, 1)
+    x = normalize_latents(z, stats)
+    assert torch.equal(x[0], torch.full((3, 1, 1), -1.0))
+    assert torch.equal(x[1], torch.full((3, 1, 1), 1.0))
+
+
+def test_latents_of_sd_vae_are_multiplied_by_its_published_factor():
+    settings = {"tokenizer": "sd-vae-ft-ema", "latent_stats": None}
+    mean, std = memory.known_stats(settings)
+    stats = stats_tensor({"mean": mean, "std": std}, "cpu")
+    z = torch.randn(2, 4, 3, 3)
+    assert torch.allclose(normalize_latents(z, stats), 0.18215 * z)
+
+
+# ---------------------------------------------------------------------------- preparing a folder
+
+PREPARED_FILES = ["bank.pt", "labels.npy", "latents.npy", "meta.json"]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """40 images of two classes, prepared with their mirror images, with two kinds of features."""
+    folder = tmp_path_factory.mktemp("prepared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        images, labels = folder_of_images("images")
+        np.save("f.npy", features(80))
+        meta = prepare("images", "data", image_size=24, flip=True)
+        prepare("images", "own", image_size=24, flip=True, features="f.npy")
+    order = np.argsort(labels % 2, kind="stable")  # the files of class0 come first
+    return argparse.Namespace(
+        folder=folder,
+        images=images[order].transpose(0, 3, 1, 2),
+        labels=labels[order] % 2,
+        meta=meta,
+        latents=np.load(folder / "data/latents.npy"),
+    )
+
+
+def test_latents_of_pixels_are_the_images_in_the_order_of_their_files(prepared):
+    assert (prepared.latents[:40] == prepared.images).all()
+
+
+def test_mirrored_images_come_after_the_others(prepared):
+    assert len(prepared.latents) == 80
+    assert (prepared.latents[40:] == prepared.latents[:40, :, :, ::-1]).all()
+
+
+def test_class_folders_become_labels(prepared):
+    labels = np.load(prepared.folder / "data/labels.npy")
+    assert prepared.meta["classes"] == ["class0", "class1"]
+    assert (labels == np.tile(prepared.labels, 2)).all()
+
+
+def test_every_entry_has_its_own_snippet_and_label_in_the_bank(prepared):
+    bank = MemoryBank.load(prepared.folder / "data/bank.pt")
+    f = thumbnail(torch.from_numpy(prepared.latents).float() / 127.5 - 1)
+    assert (cosine(bank[:], f) > 0.99).all()
+    assert (bank.labels == np.tile(prepared.labels, 2)).all()
+
+
+def test_meta_json_says_what_was_made(prepared):
+    meta = memory.read_json(prepared.folder / "data/meta.json")
+    assert meta == prepared.meta
+    assert meta["bank"] == MemoryBank.load(prepared.folder / "data/bank.pt").id
+    assert meta["images"] == 40
+    assert meta["latent"] == [3, 24, 24]
+
+
+def test_a_prepared_folder_holds_four_files(prepared):
+    assert sorted(os.listdir(prepared.folder / "data")) == PREPARED_FILES
+
+
+def test_features_encoded_elsewhere_become_the_bank(prepared):
+    bank = MemoryBank.load(prepared.folder / "own/bank.pt")
+    assert (cosine(bank[:], features(80)) > 0.99).all()
+    assert bank.encoder == str(prepared.folder / "f.npy")
+
+
+def test_features_encoded_elsewhere_change_nothing_else(prepared):
+    assert (np.load(prepared.folder / "own/latents.npy") == prepared.latents).all()
+    labels = np.load(prepared.folder / "own/labels.npy")
+    assert (labels == np.tile(prepared.labels, 2)).all()
+    assert sorted(os.listdir(prepared.folder / "own")) == PREPARED_FILES
+
+
+def test_features_may_be_a_tensor_that_torch_saved():  # as the official banks are
+    f = features(70, 80)
+    torch.save(f, "f.pt")
+    run("memory.py --features f.pt --rank 60 --out bank.pt")
+    assert MemoryBank.load("bank.pt").id == MemoryBank.build(f, 60).id
+
+
+def test_features_of_another_number_of_images_are_refused(prepared):
+    images = str(prepared.folder / "images")
+    file = str(prepared.folder / "f.npy")
+    refused("80 rows for 40 entries", prepare, images, "no", image_size=24, features=file)
+    assert not os.path.exists("no")
+
+
+def test_a_folder_prepared_with_other_settings_is_refused(prepared):
+    images = str(prepared.folder / "images")
+    data = str(prepared.folder / "data")
+    message = "image_size 24, not 16"
+    refused(message, prepare, images, data, image_size=16, flip=True, error=memory.InputError)
+
+
+def test_a_prepared_folder_is_taken_again_when_its_source_is_gone():
+    folder_of_images("images", 6)
+    meta = prepare("images", "data", image_size=16)
+    before = modification_times()
+    shutil.rmtree("images")
+    assert prepare("images", "data", image_size=16) == meta
+    for path, modified in modification_times().items():
+        assert path == Path("images") or modified == before[path]  # nothing was written
+
+
+def test_a_prepared_folder_is_refused_with_other_settings_when_its_source_is_gone():
+    folder_of_images("images", 6)
+    prepare("images", "data", image_size=16)
+    shutil.rmtree("images")
+    refused("image_size 16, not 24", prepare, "images", "data", image_size=24)
+    refused("rank 64, not 8", prepare, "images", "data", image_size=16, rank=8)
+    refused("source .*images, not .*other", prepare, "other", "data", image_size=16)
+
+
+# ---------------------------------------------------------------------------- a killed run
+
+
+def blocks_of_4(settings):
+    """Blocks of 4 of 10 rows, in the folder b."""
+    return Blocks("b", settings, {"x.npy": ((10, 2), "int64")}, 4)
+
+
+def test_blocks_cover_all_rows():
+    assert blocks_of_4({"a": 1}).todo == [range(4), range(4, 8), range(8, 10)]
+
+
+def test_blocks_go_on_where_a_killed_run_was():
+    blocks_of_4({"a": 1}).write(range(4, 8), x=np.full((4, 2), 7))
+    again = blocks_of_4({"a": 1})
+    assert again.todo == [range(4), range(8, 10)]
+    assert (again.arrays["x.npy"][4:8] == 7).all()
+
+
+def test_that_blocks_are_done_already_is_said(capsys):
+    blocks_of_4({"a": 1}).write(range(4, 8), x=np.full((4, 2), 7))
+    assert capsys.readouterr().out == ""
+    blocks_of_4({"a": 1})
+    assert "1 of 3 blocks of 4 are done already" in capsys.readouterr().out
+
+
+def test_blocks_that_are_left_out_are_an_error():
+    blocks = blocks_of_4({"a": 1})
+    blocks.write(range(4, 8), x=np.full((4, 2), 7))
+    refused("2 of 3 blocks", blocks.finish, error=RuntimeError)
+
+
+def test_blocks_start_anew_with_other_settings():
+    blocks_of_4({"a": 1}).write(range(4, 8), x=np.full((4, 2), 7))
+    assert len(blocks_of_4({"a": 2}).todo) == 3
+
+
+# ---------------------------------------------------------------------------- latents and DINOv2
+
+IMAGES = 30  # of 32 x 32; an autoencoder halves them, DINOv2 sees 16 x 16 patches of each
+
+
+@pytest.fixture(scope="session")
+def encoded(tmp_path_factory):
+    """Images prepared by one process (0/) and by two (2/), by a small autoencoder and a small
+    DINOv2 with random weights, whose files are in the official formats."""
+    folder = tmp_path_factory.mktemp("encoded")
+    autoencoder = randomised(AutoencoderKL(4, (32, 32), 1))
+    dino = randomised(DINOv2(64, 2, 8))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        torch.save({"state_dict": autoencoder.state_dict()}, "vae.pt")
+        torch.save(dino.state_dict(), "dino.pth")
+        folder_of_images("images", IMAGES)
+        command = (
+            "memory.py --data images --tokenizer vae.pt --encoder dino.pth --image-size 32 --flip "
+            "--patches --rank 16 --out"
+        )
+        run(command, 0)
+        run(command, 2, processes=2)
+        source = Images("images", 32)
+        images = np.stack([source[i] for i in range(IMAGES)])
+    images = np.concatenate([images, images[:, :, ::-1]])
+    x = torch.from_numpy(images).permute(0, 3, 1, 2)
     with torch.no_grad():
-        want, (f, tokens) = vae.encode(x / 127.5 - 1)[0], dinov2_features(dino.eval(), x)
-    assert np.allclose(z, want, rtol=2e-3, atol=2e-3)
-    assert np.allclose(meta["mean"], z.astype(float).mean((0, 2, 3)), atol=1e-3)
-    bank, patches = MemoryBank.load("0/bank.pt"), MemoryBank.load("0/patches.pt")
-    assert ((bank[:] * F.normalize(f, dim=1)).sum(1) > 0.99).all()  # a mirrored image has its own, last 30
-    tokens = F.normalize(tokens.flatten(0, 1), dim=1)
-    kept, best = ((b[:] * tokens).sum(1).mean().item() for b in (patches, MemoryBank.build(tokens, 16)))
-    assert len(patches) == 60 * 256 and kept == pytest.approx(best, abs=1e-3) and kept > 0.9
-    quick = f"train.py --data {os.path.abspath('0')} --batch-size 2 --steps 2 --preview-every 0 --align 0.5"
-    assert "SiT-T/4 expects 16 patch tokens" in run(f"{quick} --model SiT-T/4 --out no", fails=True)
-    run(f"{quick} --model LightningDiT-S/1 --scale 1 --out o")  # and then the same, as an official file
-    torch.save({"ema": {f"module.{k}": v for k, v in load("o/ckpt.pt")["ema"].items()}}, "official.pt")
-    torch.save({k: torch.tensor(meta[k]).view(1, 4, 1, 1) for k in ("mean", "std")}, "stats.pt")
+        latents, _ = autoencoder.encode(x / 127.5 - 1)
+        class_tokens, patch_tokens = dinov2_features(dino, x)
+    return argparse.Namespace(
+        folder=folder,
+        latents=latents,
+        class_tokens=class_tokens,
+        patch_tokens=patch_tokens.flatten(0, 1),
+        meta=memory.read_json(folder / "0/meta.json"),
+    )
+
+
+def test_latents_are_float16_and_of_the_autoencoders_size(encoded):
+    latents = np.load(encoded.folder / "0/latents.npy")
+    assert latents.shape == (60, 4, 16, 16)
+    assert latents.dtype == np.float16
+    assert encoded.meta["latent"] == [4, 16, 16]
+
+
+def test_latents_are_the_means_of_the_autoencoder(encoded):
+    latents = np.load(encoded.folder / "0/latents.npy")
+    assert np.allclose(latents, encoded.latents, rtol=2e-3, atol=2e-3)
+
+
+def test_two_processes_make_the_latents_labels_and_snippets_that_one_makes(encoded):
+    one = np.load(encoded.folder / "0/latents.npy").astype(float)
+    two = np.load(encoded.folder / "2/latents.npy").astype(float)
+    assert np.abs(one - two).max() < 1e-3
+    for name in ("bank.pt", "patches.pt"):
+        snippets = MemoryBank.load(encoded.folder / "0" / name)[:]
+        assert (cosine(snippets, MemoryBank.load(encoded.folder / "2" / name)[:]) > 0.999).all()
+    labels = Path(encoded.folder, "0/labels.npy").read_bytes()
+    assert labels == Path(encoded.folder, "2/labels.npy").read_bytes()
+
+
+def test_mean_and_std_of_latents_are_measured_per_channel(encoded):
+    latents = np.load(encoded.folder / "0/latents.npy").astype(float)
+    assert np.allclose(encoded.meta["mean"], latents.mean((0, 2, 3)), atol=1e-3)
+    assert np.allclose(encoded.meta["std"], latents.std((0, 2, 3)), atol=1e-3)
+
+
+def test_snippets_are_the_class_tokens_of_dinov2_also_of_mirrored_images(encoded):
+    bank = MemoryBank.load(encoded.folder / "0/bank.pt")
+    assert len(bank) == 60
+    assert (cosine(bank[:], encoded.class_tokens) > 0.99).all()
+
+
+def test_patch_tokens_are_kept_as_well_as_in_a_bank_of_all_of_them_at_once(encoded):
+    patches = MemoryBank.load(encoded.folder / "0/patches.pt")
+    assert len(patches) == 60 * 256
+    best = MemoryBank.build(encoded.patch_tokens, 16)
+    kept = cosine(patches[:], encoded.patch_tokens).mean().item()
+    want = cosine(best[:], encoded.patch_tokens).mean().item()
+    assert kept == pytest.approx(want, abs=1e-3)
+    assert kept > 0.9
+
+
+def test_alignment_to_another_number_of_patch_tokens_is_refused(encoded):
+    flags = f"--data {encoded.folder}/0 --batch-size 2 --steps 2 --no-preview --align 0.5"
+    line = run(f"train.py {flags} --model SiT-T/4 --out no", fails=True)
+    assert "SiT-T/4 expects 16 patch tokens" in line
+
+
+@pytest.fixture(scope="session")
+def aligned(encoded):
+    """encoded, and o/ckpt.pt of two steps with alignment; in official.pt and stats.pt its EMA
+    weights and the statistics of the latents, as the official files have them."""
+    data = encoded.folder / "0"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(encoded.folder)
+        flags = (
+            "--batch-size 2 --steps 2 --no-preview --align 0.5 --model LightningDiT-S/1 --scale 1"
+        )
+        run(f"train.py {flags} --out o --data", data)
+        weights = {f"module.{key}": value for key, value in load("o/ckpt.pt")["ema"].items()}
+        torch.save({"ema": weights}, "official.pt")
+        stats = {name: torch.tensor(encoded.meta[name]) for name in ("mean", "std")}
+        stats = {name: value.view(1, 4, 1, 1) for name, value in stats.items()}
+        torch.save(stats, "stats.pt")
+    return encoded
+
+
+def test_an_official_file_without_a_tokenizer_is_refused(aligned):
+    ask = "--num-images 2 --steps 1 --device cpu --out b.npz"
+    line = run(f"sample.py --ckpt {aligned.folder}/official.pt {ask}", fails=True)
+    assert "name --tokenizer" in line
+
+
+def test_an_official_file_gives_the_images_of_the_same_weights_in_a_checkpoint(aligned):
+    folder = aligned.folder
     ask = "--num-images 2 --steps 1 --device cpu --out"
-    run(f"sample.py --ckpt o/ckpt.pt {ask} a.npz")
-    assert "name --tokenizer" in run(f"sample.py --ckpt official.pt {ask} b.npz", fails=True)
-    run("sample.py --ckpt official.pt --tokenizer vae.pt --bank 0/bank.pt --latent-stats stats.pt "
-        f"{ask} b.npz")
-    a, b = made("a.npz"), made("b.npz")
-    assert a.shape == (2, 32, 32, 3) and np.abs(a - b).max() <= 1 and a.std() > 5
+    run(f"sample.py --ckpt {folder}/o/ckpt.pt {ask} a.npz")
+    run(
+        f"sample.py --ckpt {folder}/official.pt --tokenizer {folder}/vae.pt "
+        f"--bank {folder}/0/bank.pt --latent-stats {folder}/stats.pt {ask} b.npz"
+    )
+    a = images_of("a.npz")
+    b = images_of("b.npz")
+    assert a.shape == (2, 32, 32, 3)
+    assert np.abs(a - b).max() <= 1
+    assert a.std() > 5  # they show something
 
-BAD = {  # the beginning of a command -> its flags -> what the message holds
-    "train.py --out out": {"--data f.npy": "float32 (4, 8, 8, 3); expected are images, uint8",
-        "--resume --out ok --batch-size 32": "cannot go on with --batch-size 32, not 16",
-        "--resume --out ok --model SiT-T/4": "cannot go on with --model SiT-T/4, not SiT-T/8",
-        "--data other.npz": "holds x; images are expected under arr_0", "--align 0.5": "has no patch tokens",
-        "--image-size 24": "24 is no multiple of 16, SiT-T/16's patch", "--data nowhere": "does not exist",
-        "--micro-batch 48": "--micro-batch 48 does not divide 128", "--drop 2": "--drop: 2 is not in [0, 1)",
-        "--device cuda:99": "cuda:99 is not to be had here, but 1 cpu", "--out ok": "--resume goes on",
-        "--data t.npy": "t.npy is not an .npy file of numbers", "--data images": "3 of 9 files in",
-        "--model SiT-Q": "unknown model SiT-Q; known: SiT-T/4", "--lr nan": "--lr: nan is not in",
-        "--image-size 0": "--image-size: 0 is not in [1, inf)", "--steps 9999": "--decay A B",
-        "--data labels.npz": "labels int64 (3,) for 4 images", "--data empty": "no images",
-        "--data t.npz": "t.npz is not an .npz, or damaged", "--steps x": "invalid whole number value: 'x'",
-        "--nonsense": "unrecognized arguments: --nonsense", "--batch-size -4": "--batch-size: -4 is not in",
-        "--resume": "ckpt.pt", "--data ok/data --rank 8": "was prepared with rank 64, not 8"},
-    "memory.py --out out": {"--features f.npy": "holds no floats (N, D) but float32 (4, 8, 8, 3)",
-        **{f"--features g.npy --rank {r}": f"rank {r} of the bank is not in 1 .. 70" for r in (-1, 0, 71)},
-        "--data images": "class0/x.png, class1/cut.png, class1/none.jpg; --",
-        "--data glyphs --encoder clip": "clip is no file, and none of",
-        "--data glyphs --tokenizer vae": "vae is no file, and none of",
-        "--features g.npy --out bank.pt": "holds another bank", "--energy 95": "--energy: 95 is not in",
-        "--features nan.npy": "features 0 to 98 hold NaN", "--data 1.png --features g.npy": "70 rows for 1"},
-    "memory.py": {"--info c.pt": "it lacks basis, coef", "--features g.npy": "give --out"},
-    "sample.py": {"--ckpt c --shift 0.3 --method sde-heun": "--shift 0.3 is of",
-        "--ckpt ok --out s.jpg": "neither a .png nor an .npz", "--ckpt c.pt": "a checkpoint of no SiT",
-        "--ckpt y.pt": "unexpected keyword argument 'width'", "--ckpt nowhere.pt": "nowhere.pt",
-        "--ckpt x.pt": "x.pt is damaged", "--ckpt ok --num-images 1 --out ok/data": "more files than there"},
-    "sample.py --ckpt ok --out out": {"--mix 0 6": "--mix 6 is no file, and no row of 6 in the bank",
-        "--bank another.pt": "snippets of another, the model was trained on thumbnail",
-        "--label 1": "--label 1: this model has 0 labels", "--num-images 0": "--num-images: 0 is not in",
-        "--bank bank.pt": "have 80 numbers, not 768", "--add images --audit": "exclude each other",
-        "--add empty": "no images", "--mix a.png 0": "a.png", "--cfg nan": "--cfg: nan is not in"}}
 
-def test_bad_input_is_one_line_and_exit_code_2():
+# ---------------------------------------------------------------------------- errors
+
+# the flags of memory.py -> what the message holds
+BAD_MEMORY = {
+    "--out out --features f.npy": "f.npy holds float32 (4, 8, 8, 3), expected floats (N, D)",
+    "--out out --features g.npy --rank -1": "--rank: -1 is not in [1, inf)",
+    "--out out --features g.npy --rank 0": "--rank: 0 is not in [1, inf)",
+    "--out out --features g.npy --rank all": "--rank: invalid",
+    "--out out --features g.npy --dtype int16": "--dtype: invalid choice: 'int16'",
+    "--out bank.pt --features g.npy": "bank.pt holds another bank",
+    "--out out --features g.npy --energy 95": "--energy: 95 is not in",
+    "--out out --features nan.npy": "features 0 to 98 hold NaN",
+    "--out out --features gone.npy": "gone.npy",
+    "--out out --data 1.png --features g.npy": "70 rows for 1",
+    "--out out --data images": "class0/x.png, class1/cut.png, class1/none.jpg; --skip-bad",
+    "--out out --data nowhere": "nowhere does not exist",
+    "--out out --data empty": "no images in the folder empty",
+    "--out out --data f.npy": "float32 (4, 8, 8, 3); expected are images, uint8",
+    "--out out --data other.npz": "holds x; images are expected under arr_0",
+    "--out out --data labels.npz": "labels int64 (3,) for 4 images",
+    "--out out --data t.npy": "t.npy is not an .npy file of numbers",
+    "--out out --data t.npz": "t.npz is not an .npz of arrays, or damaged",
+    "--out out --data glyphs --encoder clip": "clip is no file, and none of dinov2_vits14",
+    "--out out --data glyphs --tokenizer vae": "vae is no file, and none of sd-vae-ft-ema",
+    "--out out --data glyphs --patches": "thumbnail has no patch tokens for --patches",
+    "--out out --data glyphs --image-size 0": "--image-size: 0 is not in [1, inf)",
+    "--out out --nonsense": "unrecognized arguments: --nonsense",
+    "--features g.npy": "give --out",
+    "--out out": "give --out, and --data (images) or --features",
+}
+
+
+@pytest.fixture
+def bad_files():
+    """Files, in this folder, that cannot be used as what they are named for."""
     os.mkdir("empty")
     folder_of_images("images", 6)
     whole = Path("images/class0/000.png").read_bytes()
-    for name, content in (("images/class0/x.png", b"no"), ("images/class1/cut.png", whole[:len(whole) // 2]),
-                          ("images/class1/none.jpg", b""), ("1.png", whole), ("t.npy", b"a"), ("t.npz", b"")):
-        Path(name).write_bytes(content)
+    Path("images/class0/x.png").write_bytes(b"no")
+    Path("images/class1/cut.png").write_bytes(whole[: len(whole) // 2])
+    Path("images/class1/none.jpg").write_bytes(b"")
+    Path("1.png").write_bytes(whole)
+    Path("t.npy").write_bytes(b"a")
+    Path("t.npz").write_bytes(b"")
     np.save("f.npy", np.zeros((4, 8, 8, 3), np.float32))
     np.save("nan.npy", np.full((99, 80), np.nan, np.float32))
     np.save("g.npy", features(70, 80).numpy())
     np.savez("labels.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8), arr_1=np.zeros(3, int))
     np.savez("other.npz", x=np.zeros(3))
-    for k, state in ("c", {"model": {}}), ("y", {"config": {"width": 8}, "ema": {}}), ("x", nn.Linear(2, 2)):
-        torch.save(state, f"{k}.pt")  # x: a class, weights_only refuses it
     MemoryBank.build(features(70, 80), 4).save("bank.pt")
-    MemoryBank.build(features(70, 768), 4, encoder="another").save("another.pt")
-    run(f"train.py {QUICK} --steps 1 --preview-every 0 --data images --skip-bad --out ok")
-    assert memory.read_json("ok/data/meta.json")["images"] == 6  # the three bad ones are left out
-    assert "N 6," in run("memory.py --info ok/data/bank.pt")
-    before = (files := lambda: {p: p.stat().st_mtime_ns for p in Path().rglob("*")})()
-    for command, cases in BAD.items():
-        for flags, message in cases.items():
-            line = run(f"{command} {flags}", fails=True)
-            assert message in line and len(line) < 300, line
-            assert files() == before  # nothing written
-    assert "unknown model" in run("train.py --model SiT-Q", processes=1, fails=True)  # as a process, too
+
+
+@pytest.mark.parametrize("flags", BAD_MEMORY)
+def test_bad_input_of_memory_py_is_one_line_and_nothing_is_written(flags, bad_files):
+    before = modification_times()
+    line = run(f"memory.py {flags}", fails=True)
+    assert BAD_MEMORY[flags] in line
+    assert len(line) < 300
+    assert modification_times() == before
+
+
+def test_three_bad_files_of_nine_are_left_out_with_skip_bad(bad_files):
+    text = run("memory.py --data images --image-size 16 --skip-bad --out data")
+    assert "3 of 9 files in images do not decode" in text
+    assert memory.read_json("data/meta.json")["images"] == 6
+    assert "N 6," in str(MemoryBank.load("data/bank.pt"))
+
+
+def test_a_file_of_something_else_is_no_bank():
+    torch.save({"model": {}}, "c.pt")
+    message = "c.pt is no memory bank: it lacks .mean"
+    refused(message, MemoryBank.load, "c.pt", error=memory.InputError)
+
+
+def test_the_command_lowers_a_rank_above_the_rows_and_says_so():
+    np.save("g.npy", features(70, 80))
+    text = run("memory.py --features g.npy --rank 71 --out bank.pt")
+    assert "rank 71 lowered to 70" in text
+    assert MemoryBank.load("bank.pt").rank == 70
+
+
+def test_a_value_error_of_numpy_keeps_its_traceback():
+    def main():
+        np.zeros(3).reshape(2)
+
+    with pytest.raises(ValueError, match="cannot reshape") as caught:
+        memory.cli(main)
+    assert caught.traceback[-1].name == "main"
+
+
+def test_a_value_error_of_torch_keeps_its_traceback():
+    def main():
+        F.cross_entropy(torch.zeros(2, 3), torch.zeros(5).long())
+
+    with pytest.raises(ValueError, match="batch_size"):
+        memory.cli(main)
+
+
+@pytest.mark.parametrize("module", ["memory", "model"])
+def test_an_input_error_ends_as_one_line_and_exit_code_2(module, capsys):
+    error = sys.modules[module].InputError
+
+    def main():
+        raise error("what was given\ncannot be used")
+
+    assert ends_as_one_line(main, capsys).endswith("error: what was given cannot be used")
+
+
+def test_an_os_error_ends_as_one_line_and_exit_code_2(capsys):
+    def main():
+        open("gone.txt").close()
+
+    assert "gone.txt" in ends_as_one_line(main, capsys)
+
+
+def test_an_image_that_breaks_when_a_thread_decodes_it_ends_as_one_line(monkeypatch):
+    folder_of_images("images", 6)
+    Path("images/class1/x.png").write_bytes(b"no")
+    monkeypatch.setattr(memory, "is_broken", lambda file: False)
+    line = run("memory.py --data images --image-size 16 --out data", fails=True)
+    assert "images/class1/x.png cannot be read as an image" in line
+    assert not os.path.exists("data/meta.json")
+
+
+def test_input_errors_are_value_errors():
+    assert issubclass(memory.InputError, ValueError)
+
+
+def test_a_write_that_fails_keeps_what_was_there():
+    Path("file").write_text("before")
+
+    def write():
+        with memory.atomic_write("file") as temporary:
+            Path(temporary).write_text("half of what")
+            raise RuntimeError("disk full")
+
+    refused("file cannot be written.*what was there is kept", write, error=OSError)
+    assert Path("file").read_text() == "before"
+    assert os.listdir() == ["file"]
+
+
+# =========================================================================================== fid.py
+
+
+FID_IMAGES = np.random.default_rng(0).integers(0, 256, (4, 12, 10, 3), dtype=np.uint8)
+LOW = FID_IMAGES[:, ::2]  # the same, of half the height
+
+
+@pytest.fixture(scope="session")
+def inception():
+    return fid.load_inception("random")
+
+
+def as_batch(images):
+    """uint8 (N, H, W, 3), as files have them -> uint8 tensor (N, 3, H, W), as networks take them"""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+
+
+@pytest.fixture(scope="session")
+def outputs(inception):
+    """-> what Inception gives for FID_IMAGES and for LOW: pooled, spatial, logits, twice"""
+    return inception(as_batch(FID_IMAGES)), inception(as_batch(LOW))
+
+
+def squares(a, b):
+    """(n, D), (m, D) -> (n, m) squared distances"""
+    return ((a[:, None] - b[None]) ** 2).sum(2)
+
+
+def two_clouds():
+    """Reference and generated features that overlap in part; some of the latter are one image"""
+    rng = np.random.default_rng(0)
+    ref = rng.normal(size=(60, 4)) + 100
+    gen = 1.5 * rng.normal(size=(80, 4)) + 101
+    gen[20:25] = ref[0]
+    return ref, gen
+
+
+def moments(x):
+    return x.mean(0), np.cov(x, rowvar=False)
+
+
+# ----------------------------------------------------------------------------- the numbers
+
+
+@pytest.mark.parametrize(("n", "m"), [(400, 500), (30, 20), (30, 500), (500, 30)])
+def test_frechet_distance_is_its_formula_also_for_singular_covariances(n, m):
+    # tr (S S')^1/2 is the sum of the singular values of X Y' where S = X' X, S' = Y' Y
+    draw = np.random.default_rng(0).normal
+    dim = 40
+    x = draw(size=(n, dim))
+    y = draw(size=(m, dim)) @ draw(size=(dim, dim))
+    mu1, sigma1 = moments(x)
+    mu2, sigma2 = moments(y)
+    singular_values = np.linalg.svd((x - mu1) @ (y - mu2).T, compute_uv=False)
+    root = singular_values.sum() / np.sqrt((n - 1) * (m - 1))
+    want = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * root
+    assert abs(fid.frechet_distance(mu1, sigma1, mu2, sigma2) / want - 1) < 1e-6
+    assert abs(fid.frechet_distance(mu2, sigma2, mu2, sigma2)) < 1e-9 * np.trace(sigma2)
+
+
+def test_inception_score_is_the_mean_of_its_splits():
+    logits = 3 * np.random.default_rng(0).normal(size=(25, 7))
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    scores = []
+    for part in (p[:10], p[10:20], p[20:]):
+        divergence = (part * np.log(part / part.mean(0))).sum(1)
+        scores.append(np.exp(divergence.mean()))
+    assert abs(fid.inception_score(logits, split=10) - np.mean(scores)) < 1e-9
+
+
+def test_precision_and_recall_count_images_within_the_radius_of_the_third_neighbour():
+    ref, gen = two_clouds()
+    ref_radius = np.sort(squares(ref, ref), axis=1)[:, 3]
+    gen_radius = np.sort(squares(gen, gen), axis=1)[
+        :, 3
+    ]  # 0 where five are the same, which still holds them
+    precision = (squares(ref, gen) <= ref_radius[:, None]).any(0).mean()
+    recall = (squares(ref, gen) <= gen_radius).any(1).mean()
+    assert np.allclose(fid.precision_recall(ref, gen), (precision, recall))
+    assert 0.1 < min(precision, recall) < max(precision, recall) < 0.99
+
+
+def test_distances_come_in_blocks():
+    ref, gen = (torch.tensor(x - 100).float() for x in two_clouds())
+    blocks = list(fid.squared_distances(ref, gen, block=500))
+    assert len(blocks) == 10
+    together = torch.cat([squared for _, squared in blocks])
+    assert np.allclose(together, squares(ref.numpy(), gen.numpy()), atol=1e-4)
+
+
+def kid_of_pairs(x, y):
+    """The unbiased estimate of MMD^2, pair by pair"""
+
+    def k(a, b):
+        return (a @ b / len(a) + 1) ** 3
+
+    n, m = len(x), len(y)
+    within_x = sum(k(x[i], x[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+    within_y = sum(k(y[i], y[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
+    between = sum(k(a, b) for a in x for b in y) / (n * m)
+    return within_x + within_y - 2 * between
+
+
+def test_kid_is_the_unbiased_estimate_from_all_pairs():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(20, 6))
+    y = rng.normal(size=(30, 6)) + 0.5
+    assert abs(fid.kid(x, y) / kid_of_pairs(x, y) - 1) < 1e-5
+    assert abs(fid.kid(torch.tensor(x), torch.tensor(y)) / kid_of_pairs(x, y) - 1) < 1e-5
+
+
+def test_kid_of_two_sets_of_one_distribution_is_about_zero_on_either_side():
+    rng = np.random.default_rng(0)
+    values = [fid.kid(rng.normal(size=(50, 6)), rng.normal(size=(50, 6))) for _ in range(20)]
+    assert min(values) < 0 < max(values)
+    assert abs(np.mean(values)) < np.std(values)
+
+
+def test_kernel_sums_are_the_same_in_blocks():
+    ref, gen = (torch.tensor(x - 100).float() for x in two_clouds())
+    for a, b in ((ref, gen), (ref, ref)):
+        whole = fid.kernel_sum(a, b)
+        assert abs(fid.kernel_sum(a, b, block=500) / whole - 1) < 1e-6
+
+
+# ----------------------------------------------------------------------------- Inception
+
+
+def pixel_of_tensorflow_1(x, i, j, size=299):
+    """Pixel (i, j) of x (H, W), resized to (size, size): bilinear, pixel i is at i H / size"""
+    height, width = x.shape
+    row, down = i * height // size, i * height % size / size
+    column, right = j * width // size, j * width % size / size
+    next_row = min(row + 1, height - 1)
+    next_column = min(column + 1, width - 1)
+    top = (1 - right) * x[row, column] + right * x[row, next_column]
+    low = (1 - right) * x[next_row, column] + right * x[next_row, next_column]
+    return (1 - down) * top + down * low
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 5), (299, 400), (1, 31)])
+def test_images_are_resized_as_by_tensorflow_1(height, width):
+    x = np.random.default_rng(0).integers(0, 256, (height, width)).astype(np.float64)
+    y = fid.resize_tf1(torch.tensor(x)[None, None].float())[0, 0].numpy()
+    for i, j in ((0, 0), (298, 298), (100, 298), (17, 201)):
+        assert abs(y[i, j] - pixel_of_tensorflow_1(x, i, j)) < 1e-3
+
+
+def test_average_pooling_does_not_count_the_padding():
+    assert fid.average_pool(torch.arange(12.0).view(1, 3, 4))[0, 0, 0] == (0 + 1 + 4 + 5) / 4
+
+
+def test_only_the_last_block_takes_the_maximum(inception):
+    x = torch.randn(1, 2048, 8, 8)
+    assert torch.equal(inception.Mixed_7b.pool(x), fid.average_pool(x))
+    assert torch.equal(inception.Mixed_7c.pool(x), torch.nn.functional.max_pool2d(x, 3, 1, 1))
+
+
+def test_inception_has_the_names_and_sizes_of_the_weights_file(inception):
+    state = inception.state_dict()
+    names = {
+        "Conv2d_1a_3x3.conv": (32, 3, 3, 3),
+        "Conv2d_4a_3x3.conv": (192, 80, 3, 3),
+        "Mixed_5b.branch5x5_2.conv": (64, 48, 5, 5),
+        "Mixed_6a.branch3x3.conv": (384, 288, 3, 3),
+        "Mixed_6d.branch7x7dbl_4.conv": (160, 160, 7, 1),
+        "Mixed_7a.branch7x7x3_2.conv": (192, 192, 1, 7),
+        "Mixed_7b.branch3x3dbl_3b.bn": (384,),
+        "Mixed_7c.branch_pool.conv": (192, 2048, 1, 1),
+        "fc": (1008, 2048),
+    }
+    for name, shape in names.items():
+        assert state[name + ".weight"].shape == shape, name
+    without_fc = 21_785_568  # torchvision's inception_v3 without its heads
+    assert sum(p.numel() for p in inception.parameters()) == without_fc + 2048 * 1008 + 1008
+
+
+def test_inception_gives_pooled_spatial_and_logits_without_the_bias(inception):
+    x = torch.randint(0, 256, (2, 3, 20, 30), dtype=torch.uint8)
+    seen = []
+    layer = inception.Mixed_6d.branch1x1
+    hook = layer.register_forward_hook(lambda module, args, output: seen.append(output.clone()))
+    pool, spatial, logits = inception(x)
+    hook.remove()
+    assert pool.shape == (2, 2048) and 0.05 < pool.mean() < 50
+    assert torch.equal(spatial.view(2, 17, 17, 7), seen[0].permute(0, 2, 3, 1)[..., :7])
+    assert torch.equal(logits, pool @ inception.fc.weight.T)
+
+
+def test_a_state_dict_gives_the_network_that_it_is_from(inception):
+    x = torch.randint(0, 256, (2, 3, 20, 30), dtype=torch.uint8)
+    state = {k: v.clone() for k, v in inception.state_dict().items() if "num_batches" not in k}
+    state["fc.bias"] += 1  # is not used
+    for a, b in zip(fid.load_inception(state)(x), inception(x)):
+        assert torch.equal(a, b)
+
+
+def test_random_weights_are_always_the_same_and_leave_the_generator_alone(inception):
+    torch.manual_seed(3)
+    again = fid.load_inception("random")
+    assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(3)))
+    for a, b in zip(again.parameters(), inception.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_weights_that_are_none_are_refused():
+    torch.save(argparse.Namespace(), "x.pth")  # a class: weights_only does not load it
+    refused("x.pth", fid.load_inception, "x.pth", error=fid.InputError)
+    refused("keys are missing", fid.load_inception, {}, error=fid.InputError)
+    refused("gone.pth", fid.load_inception, "gone.pth", error=fid.InputError)
+
+
+# ----------------------------------------------------------------------------- sets of images
+
+
+def save_folder(path, images):
+    """Images of different heights, as PNG, in a folder with a sub-folder"""
+    os.makedirs(f"{path}/sub")
+    for i, image in enumerate(images):
+        Image.fromarray(image[i:]).save(f"{path}/sub/{i}.png")
+
+
+def test_a_folder_is_read_in_order_with_its_sub_folders():
+    save_folder("images", FID_IMAGES)
+    Path("images/notes.txt").write_text("no image")
+    images = fid.open_set("images")
+    assert images.count == 4
+    for i, image in enumerate(images.read(range(4))):
+        assert np.array_equal(image, FID_IMAGES[i, i:])
+    assert [len(image) for image in images.read(range(1, 3))] == [11, 10]
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_an_npz_gives_any_range_of_its_images(save):
+    save("a.npz", arr_0=FID_IMAGES)
+    images = fid.open_set("a.npz")
+    assert images.count == 4
+    for rows in (range(2, 4), range(2), range(1, 3)):
+        assert np.array_equal(images.read(rows), FID_IMAGES[rows.start : rows.stop])
+
+
+def test_a_large_npz_is_not_read_whole():
+    np.savez_compressed("large.npz", arr_0=np.zeros((1_000, 100, 100, 3), np.uint8))  # 30 MB
+    tracemalloc.start()
+    images = fid.open_set("large.npz")
+    for start in range(0, 1_000, 20):
+        images.read(range(start, start + 20))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5_000_000
+
+
+def damaged(path, source, at=500):
+    """A copy of the file source with one byte changed"""
+    data = bytearray(Path(source).read_bytes())
+    data[at] = 255 - data[at]
+    Path(path).write_bytes(data)
+
+
+def read_all(path):
+    images = fid.open_set(path)
+    return images.read(range(images.count))
+
+
+def test_sets_that_cannot_be_used_are_refused_by_name():
+    save_folder("images", FID_IMAGES)
+    Path("images/z.png").write_bytes(b"no image")
+    os.mkdir("empty")
+    np.savez("a.npz", arr_0=FID_IMAGES)
+    damaged("c.npz", "a.npz")
+    np.savez("float.npz", arr_0=FID_IMAGES / 255)
+    np.savez("nan.npz", mu=np.full(2048, np.nan), sigma=np.eye(2048))
+    np.savez("half.npz", mu=np.zeros(8))
+    np.savez("shapes.npz", mu=np.zeros(8), sigma=np.eye(7))
+    for source, message in {
+        "images": "z.png cannot be used",
+        "images/z.png": "not a zip",
+        "empty": "0 images",
+        "c.npz": "Bad CRC-32",
+        "float.npz": "arr_0 is float64",
+        "nan.npz": "not finite",
+        "half.npz": "sigma",
+        "shapes.npz": "mu, sigma",
+        "gone": "gone cannot be used",
+    }.items():
+        refused(message, read_all, source, error=fid.InputError)
+
+
+# ----------------------------------------------------------------------------- the command
+
+
+def numbers(path="out.json"):
+    return json.loads(Path(path).read_text())
+
+
+def close(a, b, tolerance=1e-4):
+    return abs(a - b) < tolerance * abs(b)
+
+
+RANDOM = "--inception random --json out.json --batch-size 2"
+
+
+def save_sets():
+    np.savez("a.npz", arr_0=FID_IMAGES)
+    np.savez_compressed("b.npz", arr_0=LOW)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A folder with a.npz, b.npz, and what two processes make of them: ref.npz, out.json, out.txt"""
+    folder = tmp_path_factory.mktemp("measured")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        save_sets()
+        text = run(f"fid.py a.npz b.npz {RANDOM} --save-stats ref.npz", processes=2)
+        Path("out.txt").write_text(text)
+    return folder
+
+
+def test_two_processes_give_the_numbers_of_all_images(outputs, measured):
+    got = numbers(measured / "out.json")
+    assert got["N_ref"] == got["N_samples"] == 4
+    ref_pool, ref_spatial, _ = outputs[0]
+    gen_pool, gen_spatial, gen_logits = outputs[1]
+    fid_want = fid.frechet_distance(*moments(ref_pool.double()), *moments(gen_pool.double()))
+    sfid_want = fid.frechet_distance(*moments(ref_spatial.double()), *moments(gen_spatial.double()))
+    assert close(got["FID"], fid_want) and close(got["sFID"], sfid_want)
+    assert (got["precision"], got["recall"]) == fid.precision_recall(ref_pool, gen_pool)
+    assert close(got["KID"], fid.kid(ref_pool, gen_pool))
+    assert close(got["IS"], fid.inception_score(gen_logits))
+    saved = np.load(measured / "ref.npz")
+    assert np.allclose(saved["mu"], ref_pool.mean(0), atol=1e-5)
+    assert np.allclose(saved["sigma_s"], np.cov(ref_spatial.T), atol=1e-4)
+
+
+def test_random_weights_are_said_in_each_line_and_no_temporary_file_is_left(measured):
+    lines = Path(measured, "out.txt").read_text().splitlines()
+    assert len(lines) == len(numbers(measured / "out.json"))
+    assert all("random weights: comparable with nothing" in line for line in lines)
+    assert {file.name for file in measured.iterdir()} == {
+        "a.npz",
+        "b.npz",
+        "ref.npz",
+        "out.json",
+        "out.txt",
+    }
+
+
+def test_statistics_stand_for_images_and_what_they_cannot_give_is_said(measured):
+    shutil.copytree(measured, ".", dirs_exist_ok=True)
+    of_images = numbers()
+    text = run(f"fid.py ref.npz b.npz {RANDOM}")
+    of_statistics = numbers()
+    assert of_statistics["N_ref"] == 4
+    assert close(of_statistics["FID"], of_images["FID"])
+    assert close(of_statistics["sFID"], of_images["sFID"])
+    assert close(of_statistics["IS"], of_images["IS"])
+    for name in ("precision", "recall", "KID"):
+        assert of_statistics[name] is None and f"{name}: unknown" in text
+
+
+def test_two_files_of_statistics_need_no_network(measured, monkeypatch):
+    monkeypatch.chdir(measured)
+    monkeypatch.setattr(fid, "load_inception", None)
+    text = run("fid.py ref.npz ref.npz --inception random")
+    assert "FID: " in text and "KID: unknown" in text and "IS" not in text
+
+
+def test_images_of_several_sizes_go_in_one_by_one(inception):
+    save_folder("images", FID_IMAGES)
+    outputs = fid.extract(fid.open_set("images"), inception, "cpu", batch_size=4)
+    for i in (1, 3):
+        alone = inception(as_batch(FID_IMAGES[i : i + 1, i:]))
+        for values, want in zip(outputs, alone):
+            assert torch.allclose(values[i], want[0], rtol=1e-4, atol=1e-5)
+
+
+def test_features_that_are_no_numbers_are_an_error():
+    save_sets()
+    with pytest.raises(fid.InputError, match="not finite"):
+        fid.extract(fid.open_set("a.npz"), lambda x: [x.flatten(1) * torch.nan], "cpu", 2)
+
+
+def adm_reference(path, **images):
+    """A file as ADM's reference batches are: it does not say of what network its statistics are"""
+    mean, spatial_mean = np.zeros(2048), np.zeros(2023)
+    np.savez(path, mu=mean, sigma=np.eye(2048), mu_s=spatial_mean, sigma_s=np.eye(2023), **images)
+
+
+def test_adm_reference_files_work_as_they_are(inception, outputs):
+    save_sets()
+    adm_reference("adm.npz", arr_0=FID_IMAGES)
+    torch.save(inception.state_dict(), "weights.pth")
+    run("fid.py adm.npz b.npz --inception weights.pth --json out.json")
+    got = numbers()
+    pool = outputs[1][0]
+    want = fid.frechet_distance(np.zeros(2048), np.eye(2048), *moments(pool.double()))
+    assert close(got["FID"], want)  # of the statistics
+    assert close(got["KID"], fid.kid(outputs[0][0], pool))  # of the images
+
+
+def test_statistics_of_another_network_are_refused_where_there_are_no_images():
+    save_sets()
+    adm_reference("adm.npz")
+    assert "inception-2015-12-05, not of random" in run(
+        f"fid.py adm.npz b.npz {RANDOM}", fails=True
+    )
+
+
+def test_statistics_of_different_sizes_are_refused():
+    for size in (64, 65):
+        np.savez(f"{size}.npz", mu=np.zeros(size), sigma=np.eye(size))
+    assert "64 features and of 65" in run("fid.py 64.npz 65.npz", fails=True)
+
+
+def run_as_script(path, arguments, monkeypatch):
+    """Runs a file as python does, with its own handling of errors"""
+    monkeypatch.setattr(sys, "argv", [path, *arguments.split()])
+    runpy.run_path(path, run_name="__main__")
+
+
+def test_an_error_is_one_line_and_exits_with_2(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_as_script(f"{HERE}/fid.py", "gone b.npz", monkeypatch)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("fid.py: error: gone cannot be used")
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    text = Path(HERE, "fid.py").read_text()
+    broken = text.replace("    args = parse_arguments()\n", "    np.zeros(2).reshape(3)\n")
+    Path("broken.py").write_text(broken)
+    with pytest.raises(ValueError, match="reshape"):
+        run_as_script("broken.py", "a b", monkeypatch)
+
+
+def test_bad_arguments_are_one_line():
+    save_sets()
+    for arguments, message in {
+        "a.npz": "SET",
+        "a.npz b.npz --batch-size x": "--batch-size",
+        "a.npz b.npz --batch-size 0": "--batch-size 0",
+        "a.npz b.npz --json no/where": "no folder for no/where",
+        "a.npz b.npz --inception random --network x.pt2": "not allowed with",
+    }.items():
+        assert message in run(f"fid.py {arguments}", fails=True)
+
+
+def test_fid_works_alone_in_an_empty_folder(measured):
+    os.mkdir("alone")
+    for file in (f"{HERE}/fid.py", measured / "ref.npz", measured / "b.npz"):
+        shutil.copy(file, "alone")
+    command = [sys.executable, "fid.py", "ref.npz", "b.npz", *RANDOM.split()]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    subprocess.run(command, cwd="alone", env=environment, check=True, capture_output=True)
+    got, want = numbers("alone/out.json"), numbers(measured / "out.json")
+    assert close(got["FID"], want["FID"]) and close(got["sFID"], want["sFID"])
+
+
+# ----------------------------------------------------------------------------- other networks
+
+
+class Net(torch.nn.Module):
+    """A network that somebody might export: the mean colours, in a random basis"""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = torch.nn.Parameter(torch.randn(3, 2, generator=generator))
+        self.register_buffer("scale", torch.tensor(255.0))
+
+    def forward(self, x):
+        return (x / self.scale).mean((2, 3)) @ self.weight
+
+
+def export(path, images, dynamic=False):
+    """Net, exported for images as these, and for this number of them or, dynamic, for any"""
+    shapes = None
+    if dynamic:
+        shapes = ({0: torch.export.Dim.DYNAMIC},)
+    torch.export.save(torch.export.export(Net(), (as_batch(images),), dynamic_shapes=shapes), path)
+
+
+def test_an_exported_program_gives_fd_kid_precision_and_recall():
+    np.savez("a.npz", arr_0=FID_IMAGES)
+    np.savez("b.npz", arr_0=FID_IMAGES // 2)
+    export("net.pt2", FID_IMAGES[:2], dynamic=True)
+    text = run("fid.py a.npz b.npz --network net.pt2 --json out.json --batch-size 2")
+    got = numbers()
+    with torch.no_grad():
+        ref = Net()(as_batch(FID_IMAGES))
+        gen = Net()(as_batch(FID_IMAGES // 2))
+    assert close(got["FD"], fid.frechet_distance(*moments(ref.double()), *moments(gen.double())))
+    assert close(got["KID"], fid.kid(ref, gen))
+    assert (got["precision"], got["recall"]) == fid.precision_recall(ref, gen)
+    assert "FID" not in text and "IS" not in text
+
+
+def test_few_images_are_warned_of(monkeypatch, capsys):
+    np.savez("a.npz", arr_0=FID_IMAGES)
+    export("net.pt2", FID_IMAGES[:2], dynamic=True)
+    monkeypatch.setattr(sys, "argv", ["fid.py", "a.npz", "a.npz", "--network", "net.pt2"])
+    fid.main()
+    assert "fid.py: warning: N < 2,048" in capsys.readouterr().err
+
+
+def test_another_network_uses_the_images_of_an_adm_reference_file():
+    np.savez("a.npz", arr_0=FID_IMAGES)
+    adm_reference("adm.npz", arr_0=FID_IMAGES)
+    export("net.pt2", FID_IMAGES[:2], dynamic=True)
+    run("fid.py adm.npz a.npz --network net.pt2 --json out.json")
+    assert abs(numbers()["FD"]) < 1e-6
+
+
+def test_statistics_of_a_program_are_of_this_program():
+    np.savez("a.npz", arr_0=FID_IMAGES)
+    export("net.pt2", FID_IMAGES[:2], dynamic=True)
+    run("fid.py a.npz a.npz --network net.pt2 --save-stats ref.npz")
+    run("fid.py ref.npz a.npz --network net.pt2 --json out.json")
+    assert abs(numbers()["FD"]) < 1e-6
+    assert "not of inception" in run("fid.py ref.npz a.npz", fails=True)
+    export("net.pt2", FID_IMAGES[:3])  # another program of the same name
+    assert "of net.pt2" in run("fid.py ref.npz a.npz --network net.pt2", fails=True)
+
+
+def test_images_of_a_size_that_a_program_does_not_take_are_one_line():
+    np.savez("a.npz", arr_0=FID_IMAGES)
+    np.savez("wide.npz", arr_0=FID_IMAGES.repeat(2, axis=2))
+    export("any.pt2", FID_IMAGES[:2], dynamic=True)
+    export("three.pt2", FID_IMAGES[:3])
+    error = run("fid.py wide.npz a.npz --network any.pt2", fails=True)
+    assert "[4, 3, 12, 20]" in error and "resize them" in error
+    error = run("fid.py a.npz a.npz --network three.pt2 --batch-size 3", fails=True)
+    assert "[3, 3, 12, 10], not [1, 3, 12, 10]" in error and "dynamic batch size" in error
+
+
+class Touch:
+    """Pickled, it makes the file `ran` where it is loaded"""
+
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+CODE = "__import__('os').makedirs('ran', exist_ok=True)"
+
+
+def altered(source, edit):
+    """A copy of the archive source, whose parts are edit(name, bytes); it may also add some"""
+    out = io.BytesIO()
+    with zipfile.ZipFile(source) as archive, zipfile.ZipFile(out, "w") as copy:
+        for name in archive.namelist():
+            for new_name, data in edit(name, archive.read(name)):
+                copy.writestr(new_name, data)
+    Path("crafted.pt2").write_bytes(out.getvalue())
+
+
+def replace_text(old, new):
+    """-> an edit of the model's JSON"""
+
+    def edit(name, data):
+        if name.endswith("models/model.json"):
+            assert old in data.decode()
+            data = data.decode().replace(old, new).encode()
+        return [(name, data)]
+
+    return edit
+
+
+def pickled_weight(name, data):
+    if name.endswith("weight_0"):
+        file = io.BytesIO()
+        torch.save(Touch(), file)
+        data = file.getvalue()
+    if name.endswith("weights_config.json"):
+        data = data.replace(b'"use_pickle": false', b'"use_pickle": true')
+    return [(name, data)]
+
+
+def pickled_constant(name, data):
+    if name.endswith("constants_config.json"):
+        entry = {
+            "path_name": "opaque_obj_0",
+            "is_param": False,
+            "use_pickle": False,
+            "tensor_meta": None,
+        }
+        data = json.dumps({"config": {"c": entry}}).encode()
+        opaque = name.replace("model_constants_config.json", "opaque_obj_0")
+        return [(name, data), (opaque, pickle.dumps(Touch()))]
+    return [(name, data)]
+
+
+def pickled_state_dict(name, data):
+    """As old versions of torch wrote it"""
+    if name.endswith("weights_config.json"):
+        file = io.BytesIO()
+        torch.save(Touch(), file)
+        return [(name.replace("model_weights_config.json", "model.pt"), file.getvalue())]
+    return [(name, data)]
+
+
+def compiled_program(name, data):
+    if name.endswith("byteorder"):
+        return [(name, data), ("net/data/aotinductor/model/x.so", b"")]
+    return [(name, data)]
+
+
+CRAFTED = {
+    "weight": pickled_weight,
+    "constant": pickled_constant,
+    "state dict": pickled_state_dict,
+    "compiled": compiled_program,
+    "expression": replace_text("Symbol('s", f"{CODE} or Symbol('s"),
+    "operator": replace_text("torch.ops.aten.mean.dim", "torch.os.mkdir"),
+    "name": replace_text('"name": "x"', '"name": "x):\\n    pass\\nimport os"'),
+    "import": replace_text("builtins.dict", "__enum__"),
+}
+
+
+@pytest.mark.parametrize("kind", CRAFTED)
+def test_a_crafted_program_does_not_run(kind):
+    export("net.pt2", FID_IMAGES[:2], dynamic=True)
+    altered("net.pt2", CRAFTED[kind])
+    refused("might run code: ", fid.load_program, "crafted.pt2", "cpu", error=fid.InputError)
+    assert not os.path.exists("ran")
+
+
+def pickled_sample_inputs(name, data):
+    if "sample_inputs" in name:
+        file = io.BytesIO()
+        torch.save(((Touch(),), {}), file)
+        data = file.getvalue()
+    return [(name, data)]
+
+
+HIDDEN = {
+    "sample inputs": pickled_sample_inputs,
+    "guards": replace_text('"guards_code": []', json.dumps({"guards_code": [CODE]})[1:-1]),
+}
+
+
+@pytest.mark.parametrize("kind", HIDDEN)
+def test_what_is_not_needed_of_a_crafted_program_is_left_out(kind):
+    export("net.pt2", FID_IMAGES[:2], dynamic=True)
+    altered("net.pt2", HIDDEN[kind])
+    (got,) = fid.load_program("crafted.pt2", "cpu")(as_batch(FID_IMAGES))
+    assert torch.equal(got, Net()(as_batch(FID_IMAGES)))
+    assert not os.path.exists("ran")
+
+
+def test_the_crafted_programs_do_run_where_torch_loads_them():
+    export("net.pt2", FID_IMAGES[:2], dynamic=True)
+    altered("net.pt2", CRAFTED["expression"])
+    torch.export.load("crafted.pt2")
+    assert os.path.exists("ran")
+
+
+def test_a_damaged_program_is_one_line():
+    np.savez("a.npz", arr_0=FID_IMAGES)
+    export("net.pt2", FID_IMAGES[:2])
+    data = Path("net.pt2").read_bytes()
+    Path("short.pt2").write_bytes(data[: len(data) // 2])
+    for name in ("short.pt2", "gone.pt2"):
+        assert f"{name} cannot be used" in run(f"fid.py a.npz a.npz --network {name}", fails=True)
+
+
+def save_dinov2(path):
+    """Random weights of a small DINOv2, of 16 x 16 patches as the pretrained ones -> the network"""
+    torch.manual_seed(0)
+    network = DINOv2(128, 2, 16).eval()
+    torch.save(network.state_dict(), path)
+    return network
+
+
+def test_dinov2_gives_its_class_token_after_the_preprocessing_of_edm2():
+    network = save_dinov2("dino.pth")
+    features = fid.load_class_token("dino.pth", "cpu")
+    x = as_batch(FID_IMAGES)
+    with torch.no_grad():
+        (got,) = features(x)
+        resized = torch.nn.functional.interpolate(
+            x.float(), (224, 224), mode="bicubic", antialias=True
+        )
+        mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+        std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+        want = network((resized / 255 - mean) / std)[0]
+    assert torch.allclose(got, want, atol=1e-4)
+
+
+def test_the_command_takes_a_weights_file_of_dinov2():
+    save_dinov2("dino.pth")
+    np.savez("a.npz", arr_0=FID_IMAGES)
+    run("fid.py a.npz a.npz --network dino.pth --json out.json --save-stats ref.npz")
+    got = numbers()
+    assert abs(got["FD"]) < 1e-3 and got["precision"] == got["recall"] == 1
+    assert np.load("ref.npz")["mu"].shape == (128,)
+    assert "dino.pth" in str(np.load("ref.npz")["weights"])
+
+
+def test_a_network_that_is_none_is_one_line():
+    np.savez("a.npz", arr_0=FID_IMAGES)
+    torch.save({"x": torch.zeros(2)}, "x.pth")
+    for name in ("x.pth", "gone.pth", "dinov3"):
+        assert name in run(f"fid.py a.npz a.npz --network {name}", fails=True)
+
+
+# =========================================================================== train.py and sample.py
+
+CPU = torch.device("cpu")
+
+
+def images_by(checkpoint, x):
+    """Latents of a model on pixels -> its images, as integers."""
+    return decode(x, checkpoint["meta"], Pixels()).astype(int)
+
+
+def png(path):
+    """An image file -> integers (H, W, 3)."""
+    return np.array(Image.open(path)).astype(int)
+
+
+def save_images(path, n, size=16):
+    """Writes n glyphs to an .npy or .npz."""
+    images, _ = glyphs(n=n, size=size)
+    if str(path).endswith(".npz"):
+        np.savez(path, arr_0=images)
+    else:
+        np.save(path, images)
+
+
+def files_below(folder="."):
+    """Every file and folder, with the time of its last change."""
+    return {path: path.stat().st_mtime_ns for path in Path(folder).rglob("*")}
+
+
+def assert_same_run(one, other):
+    """Checkpoints and logs of two runs agree to the last bit."""
+    a = load(f"{one}/ckpt.pt")
+    b = load(f"{other}/ckpt.pt")
+    for part in ("model", "ema", "optimizer"):
+        state_a, state_b = a[part], b[part]
+        if part == "optimizer":
+            state_a, state_b = state_a["state"], state_b["state"]
+        torch.testing.assert_close(state_a, state_b, rtol=0, atol=0)
+    numbers = logged_numbers(one)
+    assert numbers == logged_numbers(other)
+    assert len(numbers) > 0
+
+
+# ------------------------------------------------------------------------- from a folder to samples
+
+
+def give_random_weights(ckpt):
+    """Replaces the EMA weights in a checkpoint, so that images depend on snippets and labels, which
+    they hardly do after six steps of training."""
+    checkpoint = load(ckpt)
+    checkpoint["ema"] = randomised(load_sit(checkpoint)).state_dict()
+    torch.save(checkpoint, ckpt)
+
+
+@pytest.fixture(scope="session")
+def sampled(trained, tmp_path_factory):
+    """A copy of the folder of `trained`, with random weights, and with ten images twice: in a.npz,
+    made in batches of 4, and in b.npz, made in batches of 3 by two processes."""
+    folder = tmp_path_factory.mktemp("sampled") / "copy"
+    shutil.copytree(trained, folder)
+    give_random_weights(folder / "out/ckpt.pt")
+    command = (
+        f"sample.py --ckpt {folder}/out/ckpt.pt --num-images 10 --steps 3 --device cpu "
+        "--method sde-heun --cfg 1.5 --cfg-interval 0.2 1 --mask 0.3 --seed 5"
+    )
+    run(f"{command} --out {folder}/a.npz --batch-size 4")
+    run(f"{command} --out {folder}/b.npz --batch-size 3", processes=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def baselines(trained, tmp_path_factory):
+    """A folder with the runs none and class, of the models without memory; class has got random
+    weights."""
+    folder = tmp_path_factory.mktemp("baselines")
+    for condition in ("none", "class"):
+        run(
+            f"train.py {QUICK} --data {trained}/images --steps 6 --no-preview "
+            f"--out {folder}/{condition} --condition {condition}"
+        )
+    give_random_weights(folder / "class/ckpt.pt")
+    return folder
+
+
+def test_a_training_logs_finite_numbers_every_log_every_steps(trained):
+    assert [line["step"] for line in read_log(trained / "out")] == [2, 4, 6]
+    assert np.isfinite(logged_numbers(trained / "out")).all()
+
+
+def test_a_training_leaves_a_grid_of_64_samples(trained):
+    assert Image.open(trained / "out/samples.png").size == (8 * 64, 8 * 64)
+
+
+def test_memory_tokens_are_the_default_of_the_small_models(trained):
+    ema = load(trained / "out/ckpt.pt")["ema"]
+    assert ema["token_projection.weight"].shape == (2 * 2 * 256, 768)
+
+
+def test_a_checkpoint_says_how_its_data_were_prepared(trained):
+    settings = load(trained / "out/ckpt.pt")["meta"]["settings"]
+    assert settings["encoder"] == "thumbnail"
+    assert settings["tokenizer"] == "pixel"
+
+
+def test_a_checkpoint_names_its_bank_relative_to_its_own_folder(sampled):
+    checkpoint = load(sampled / "out/ckpt.pt")
+    assert not os.path.isabs(checkpoint["bank"])
+    bank = MemoryBank.load(sampled / "out" / checkpoint["bank"])
+    assert checkpoint["meta"]["bank"] == bank.id
+
+
+def test_the_network_is_given_the_mean_of_its_bank(trained):
+    bank = MemoryBank.load(trained / "out/data/bank.pt")
+    checkpoint = load(trained / "out/ckpt.pt")
+    for weights in ("model", "ema"):
+        assert torch.equal(checkpoint[weights]["memory_mean"], torch.tensor(bank.mean))
+
+
+def test_the_network_sees_snippets_of_unit_variance(trained):
+    bank = MemoryBank.load(trained / "out/data/bank.pt")
+    checkpoint = load(trained / "out/ckpt.pt")
+    seen = bank[:] - checkpoint["ema"]["memory_mean"]
+    seen = seen * checkpoint["config"]["memory_scale"]
+    assert seen.square().mean().sqrt().item() == pytest.approx(1, abs=1e-4)
+
+
+def test_scale_as_a_number_is_what_the_snippets_are_multiplied_by(trained):
+    run(f"train.py {QUICK} --data {trained}/out/data --steps 2 --no-preview --scale 3 --out scaled")
+    checkpoint = load("scaled/ckpt.pt")
+    assert checkpoint["config"]["memory_scale"] == 3
+    assert checkpoint["config"]["memory_center"] is False
+
+
+def test_ten_images_are_ten_different_ones(sampled):
+    images = images_of(sampled / "a.npz")
+    assert images.shape == (10, 16, 16, 3)
+    assert len(np.unique(images.reshape(10, -1), axis=0)) == 10
+
+
+def test_an_image_depends_on_neither_batch_size_nor_processes(sampled):
+    difference = images_of(sampled / "a.npz") - images_of(sampled / "b.npz")
+    assert np.abs(difference).max() <= 1  # rounding
+
+
+def test_generate_makes_the_images_of_the_command_line(sampled):
+    ids = [7, 3]
+    checkpoint = load(sampled / "out/ckpt.pt")
+    bank = MemoryBank.load(sampled / "out/data/bank.pt")
+    x = generate(
+        load_sit(checkpoint),
+        ids,
+        bank[draw_rows(ids, 5, len(bank))],
+        seed=5,
+        method="sde-heun",
+        steps=3,
+        cfg=1.5,
+        cfg_interval=(0.2, 1.0),
+        mask=0.3,
+    )
+    difference = images_of(sampled / "a.npz")[ids] - images_by(checkpoint, x)
+    assert np.abs(difference).max() <= 1  # rounding
+
+
+def test_sampling_leaves_nothing_but_its_images(sampled):
+    assert sorted(os.listdir(sampled)) == ["a.npz", "b.npz", "images", "out"]
+
+
+@pytest.mark.parametrize("condition, classes", [("none", 0), ("class", 2)])
+def test_a_baseline_has_no_memory(baselines, condition, classes):
+    config = load(baselines / condition / "ckpt.pt")["config"]
+    assert config["num_classes"] == classes
+    assert config["memory_dim"] == 0
+
+
+def test_a_folder_of_pngs_of_one_label_are_the_images_that_generate_makes(baselines):
+    run(f"sample.py --ckpt {baselines}/class --label 1 --num-images 2 --steps 2 --out pngs")
+    assert sorted(os.listdir("pngs")) == ["000000.png", "000001.png"]
+    checkpoint = load(baselines / "class/ckpt.pt")
+    x = generate(load_sit(checkpoint), [0, 1], y=torch.tensor([1, 1]), steps=2)
+    expected = images_by(checkpoint, x)
+    for i in (0, 1):
+        assert np.abs(expected[i] - png(f"pngs/00000{i}.png")).max() <= 1  # rounding
+
+
+def test_images_depend_on_the_label(baselines):
+    for label in (0, 1):
+        run(
+            f"sample.py --ckpt {baselines}/class --label {label} --num-images 2 --steps 2 "
+            f"--out {label}.npz"
+        )
+    assert np.abs(images_of("0.npz") - images_of("1.npz")).mean() > 1
+
+
+def test_images_of_a_model_of_labels_have_the_labels_that_are_drawn(baselines):
+    ids = range(8)
+    run(f"sample.py --ckpt {baselines}/class --num-images 8 --steps 2 --seed 3 --out y.npz")
+    checkpoint = load(baselines / "class/ckpt.pt")
+    y = draw_rows(ids, 3, 2)
+    assert y.unique().tolist() == [0, 1]
+    x = generate(load_sit(checkpoint), ids, y=y, seed=3, steps=2)
+    assert np.abs(images_of("y.npz") - images_by(checkpoint, x)).max() <= 1  # rounding
+
+
+def test_a_checkpoint_of_the_ema_weights_alone_gives_the_same_images(sampled):
+    checkpoint = load(sampled / "out/ckpt.pt")
+    published = {key: checkpoint[key] for key in ("config", "meta", "bank", "ema")}
+    shutil.copytree(sampled / "out/data", "data")
+    torch.save(published, "published.pt")
+    ask = "--num-images 3 --steps 2 --device cpu"
+    run(f"sample.py --ckpt {sampled}/out/ckpt.pt {ask} --out whole.npz")
+    run(f"sample.py --ckpt published.pt {ask} --out published.npz")
+    assert (images_of("whole.npz") == images_of("published.npz")).all()
+
+
+# ----------------------------------------------------------------------------------------- settings
+
+
+def test_a_preset_replaces_defaults():
+    args, _ = merge_settings({"preset": "imagenet256-b"})
+    assert args.model == "LightningDiT-B/1"
+    assert args.lr == 2e-4
+    assert args.mask == 0.4  # of which the preset says nothing
+
+
+def test_flags_replace_a_preset():
+    args, _ = merge_settings({"preset": "imagenet256-b", "lr": 3e-3, "batch_size": 64})
+    assert args.lr == 3e-3
+    assert args.batch_size == 64
+    assert args.model == "LightningDiT-B/1"
+
+
+def test_a_checkpoint_replaces_the_preset(runs):
+    args, checkpoint = merge_settings({"resume": True, "out": f"{runs}/cut"})
+    assert checkpoint["step"] == 5
+    assert tuple(args.decay) == (4, 8)
+    assert args.batch_size == 16
+    assert args.log_every == 1
+    assert args.preview is False
+
+
+def test_flags_replace_a_checkpoint(runs):
+    given = {"resume": True, "out": f"{runs}/cut", "lr": 0.5, "log_every": 3}
+    args, _ = merge_settings(given)
+    assert args.lr == 0.5
+    assert args.log_every == 3
+    assert args.batch_size == 16
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 3000])
+def test_the_learning_rate_falls_to_0_at_the_end_of_steps_alone(steps):
+    args, _ = merge_settings({"steps": steps})
+    assert learning_rate(steps, args) == 0
+    assert learning_rate(steps - 1, args) > 0
+
+
+def test_steps_alone_scale_the_decay_of_the_preset():
+    args, _ = merge_settings({"steps": 2600})
+    assert tuple(args.decay) == (1500, 2600)
+
+
+def test_a_preset_without_decay_has_none_at_other_steps():
+    args, _ = merge_settings({"preset": "imagenet256-xl", "steps": 100})
+    assert tuple(args.decay) == (0, 0)
+
+
+def test_a_decay_that_is_given_is_not_scaled():
+    args, _ = merge_settings({"steps": 2600, "decay": [100, 3000]})
+    assert tuple(args.decay) == (100, 3000)
+
+
+def test_a_decay_that_ends_before_the_steps_is_refused():
+    refused("--decay A B", merge_settings, {"steps": 2600, "decay": [100, 2599]})
+
+
+@pytest.mark.parametrize("name", ["flip", "rank", "resume"])
+def test_a_folder_may_have_the_name_of_a_flag(name):
+    folder_of_images("images", 6)
+    run("memory.py --data images --image-size 16 --flip --out data")
+    run(f"train.py {QUICK} --data data --no-preview --steps 2 --decay 0 0 --out {name}")
+    run(f"train.py --resume --out {name} --steps 3 --device cpu")
+    checkpoint = load(f"{name}/ckpt.pt")
+    assert checkpoint["step"] == 3
+    assert checkpoint["settings"]["flip"] is True  # as the folder was prepared
+    assert checkpoint["settings"]["rank"] == 64
+
+
+def test_a_file_may_be_named_relative_to_the_working_directory():
+    folder_of_images("images", 6)
+    stats = {"mean": torch.zeros(3), "std": torch.ones(3)}
+    torch.save(stats, "stats.pt")
+    command = f"train.py {QUICK} --no-preview --latent-stats stats.pt"
+    run(f"{command} --steps 2 --decay 0 0 --data images --out out")
+    run(f"{command} --steps 3 --resume --out out")
+    assert load("out/ckpt.pt")["step"] == 3
+
+
+def test_a_setting_that_is_a_number_is_not_taken_for_an_open_file():
+    folder_of_images("images", 6)
+    Path("text").write_text("x")
+    command = f"train.py {QUICK} --no-preview --steps 2 --data images --out out"
+    with open("text") as file:
+        run(command, "--rank", file.fileno())  # os.path.isfile(its number) is true
+
+
+def test_labels_are_needed_for_a_model_of_labels():
+    save_images("x.npy", 6)
+    prepare("x.npy", "data", image_size=16)
+    before = files_below()
+    line = run(f"train.py {QUICK} --data data --condition class", fails=True)
+    assert "data has no labels (class sub-folders) for --condition class" in line
+    assert files_below() == before
+
+
+# ----------------------------------------------------------------------------------- the same steps
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """A folder with the data sets data0, prepared by this process, and data2, by two others, of the
+    same images; and with trainings on data0: whole, of 8 steps; two, the same by two processes;
+    cut, which ends after 5 of them; resumed, which goes on from there to 8."""
+    folder = tmp_path_factory.mktemp("runs")
+    save_images(folder / "x.npz", 300)  # two blocks, one for each process
+    for processes in (0, 2):
+        run(
+            f"memory.py --data {folder}/x.npz --image-size 16 --out {folder}/data{processes}",
+            processes=processes,
+        )
+    command = f"train.py {QUICK} --data {folder}/data0 --log-every 1 --micro-batch 4 --no-preview"
+    command = f"{command} --decay 4 8"
+    run(f"{command} --steps 8 --out {folder}/whole")
+    run(f"{command} --steps 8 --out {folder}/two", processes=2)
+    run(f"{command} --steps 5 --out {folder}/cut")
+    shutil.copytree(folder / "cut", folder / "resumed")
+    run(f"train.py --resume --steps 8 --out {folder}/resumed --device cpu")
+    return folder
+
+
+@pytest.mark.parametrize("file", ["latents.npy", "labels.npy"])
+def test_two_processes_prepare_the_files_that_one_prepares(runs, file):
+    assert (runs / "data0" / file).read_bytes() == (runs / "data2" / file).read_bytes()
+
+
+def test_two_processes_arrive_at_the_weights_of_one(runs):
+    one = load(runs / "whole/ckpt.pt")
+    two = load(runs / "two/ckpt.pt")
+    for weights in ("model", "ema"):
+        torch.testing.assert_close(one[weights], two[weights], rtol=1e-5, atol=2e-5)
+
+
+def test_two_processes_log_the_numbers_of_one(runs):
+    assert np.allclose(logged_numbers(runs / "whole"), logged_numbers(runs / "two"), rtol=2e-3)
+
+
+def test_a_run_that_is_extended_takes_the_steps_of_the_run_that_would_have_been(runs):
+    assert_same_run(runs / "whole", runs / "resumed")
+
+
+def test_a_finished_run_has_nothing_to_do(runs):
+    before = files_below(runs / "resumed")
+    assert "nothing to do" in run(f"train.py --resume --out {runs}/resumed --device cpu")
+    assert files_below(runs / "resumed") == before
+
+
+@pytest.mark.parametrize("name", ["cut", "resumed"])
+def test_a_resumed_run_that_goes_beyond_its_decay_is_refused(runs, name):
+    line = run(f"train.py --resume --steps 9 --out {runs}/{name} --device cpu", fails=True)
+    assert "falls to 0 from step 4 to 8, but --steps is 9" in line
+    assert "--decay A B" in line
+
+
+def test_a_resumed_run_goes_beyond_its_decay_with_another_one(runs):
+    shutil.copytree(runs / "resumed", "out")
+    run("train.py --resume --steps 9 --decay 4 12 --out out --device cpu")
+    last = read_log("out")[-1]
+    assert last["step"] == 9
+    assert last["lr"] == pytest.approx(1e-3 * 9 / 50 * (12 - 8) / (12 - 4))
+
+
+def test_a_resumed_run_keeps_its_learning_rate(runs):
+    shutil.copytree(runs / "cut", "out")
+    run("train.py --resume --steps 6 --out out --device cpu")
+    assert logged_numbers("out") == logged_numbers(runs / "whole")[:6]
+
+
+def test_a_resumed_run_takes_a_learning_rate_that_is_given(runs):
+    shutil.copytree(runs / "cut", "out")
+    run("train.py --resume --steps 6 --out out --device cpu --lr 0.5")
+    expected = read_log(runs / "whole")[5]["lr"] * 0.5 / 1e-3
+    assert read_log("out")[5]["lr"] == pytest.approx(expected)
+
+
+def test_a_changed_micro_batch_is_said(runs):
+    shutil.copytree(runs / "cut", "out")
+    text = run("train.py --resume --steps 6 --out out --device cpu --micro-batch 8")
+    assert "other noise" in text
+
+
+def test_nothing_is_said_of_the_same_micro_batch(runs):
+    shutil.copytree(runs / "cut", "out")
+    assert "other noise" not in run("train.py --resume --steps 6 --out out --device cpu")
+
+
+# -------------------------------------------------------------------------- schedule, batches, data
+
+
+def test_the_learning_rate_warms_up_stays_and_falls():
+    args = argparse.Namespace(lr=2.0, warmup=10, decay=(60, 100))
+    rates = [learning_rate(step, args) for step in (0, 9, 30, 60, 80, 100)]
+    assert rates == pytest.approx([0.2, 2, 2, 2, 1, 0])
+
+
+def test_the_learning_rate_stays_without_a_decay():
+    args = argparse.Namespace(lr=2.0, warmup=0, decay=(0, 0))
+    assert [learning_rate(step, args) for step in (0, 10**6)] == [2, 2]
+
+
+def test_a_batch_is_split_into_the_largest_micro_batches_to_128():
+    assert split(64, None, 2) == (32, 1)
+    assert split(300, None, 1) == (100, 3)
+    assert split(1024, None, 1) == (128, 8)
+
+
+def test_a_batch_is_split_into_the_micro_batches_that_are_asked_for():
+    assert split(64, 8, 2) == (8, 4)
+
+
+def test_1_4_and_8_processes_split_a_batch_into_the_same_micro_batches():
+    assert split(1024, None, 1) == (128, 8)
+    assert split(1024, None, 4) == (128, 2)
+    assert split(1024, None, 8) == (128, 1)
+
+
+def test_a_batch_that_does_not_divide_among_the_processes_is_refused():
+    refused("63 or 66", split, 64, None, 3)
+
+
+def test_a_micro_batch_that_does_not_divide_the_batch_is_refused():
+    refused("1, 2, 4, 8, 16, 32", split, 64, 5, 2)
+
+
+def said_of_batch_size(batch_size, trained, monkeypatch):
+    """What a training with this batch size prints before its first step."""
+
+    def no_steps(*args):
+        pass
+
+    monkeypatch.setattr(train, "train", no_steps)
+    return run(f"train.py {QUICK} --data {trained}/out/data --batch-size {batch_size}")
+
+
+@pytest.mark.parametrize(
+    "batch_size, split_into, better",
+    [(262, "131 micro-batches of 2", 256), (131, "131 micro-batches of 1", 128)],
+)
+def test_a_batch_size_that_divides_badly_is_said(
+    trained, monkeypatch, batch_size, split_into, better
+):
+    text = said_of_batch_size(batch_size, trained, monkeypatch)
+    assert split_into in text
+    assert f"--batch-size {better} or {better + 128} divides well" in text
+
+
+@pytest.mark.parametrize("batch_size", [16, 63, 128, 300, 1024])
+def test_nothing_is_said_of_a_batch_size_that_divides_well(trained, monkeypatch, batch_size):
+    text = said_of_batch_size(batch_size, trained, monkeypatch)
+    assert f"batch: {batch_size} = " in text
+    assert "divides well" not in text
+
+
+def loader_of_50():
+    """The loader of a prepared folder of 50 images."""
+    save_images("x.npy", 50)
+    prepare("x.npy", "data", image_size=16)
+    return Loader("data", seed=3, device=CPU)
+
+
+def test_latents_are_mapped_into_memory():
+    assert isinstance(loader_of_50().latents, np.memmap)
+
+
+def test_batches_cover_every_image_once_in_an_epoch():
+    loader = loader_of_50()
+    rows = np.concatenate([loader.rows(start, 5) for start in range(0, 100, 5)])
+    assert (np.sort(rows[:50]) == np.arange(50)).all()
+    assert (np.sort(rows[50:]) == np.arange(50)).all()
+
+
+def test_every_epoch_has_an_order_of_its_own():
+    loader = loader_of_50()
+    first = np.concatenate([loader.rows(start, 5) for start in range(0, 50, 5)])
+    second = np.concatenate([loader.rows(start, 5) for start in range(50, 100, 5)])
+    assert not (first == second).all()
+
+
+def test_a_batch_may_reach_over_several_epochs():
+    loader = loader_of_50()
+    end_of_first = loader.rows(40, 10)
+    second = np.arange(50)
+    beginning_of_third = loader.rows(100, 20)
+    expected = np.concatenate([end_of_first, second, beginning_of_third])
+    assert (np.sort(loader.rows(40, 80)) == np.sort(expected)).all()
+
+
+def test_a_batch_holds_latents_snippets_and_labels_of_its_rows():
+    loader = loader_of_50()
+    loader.begin([48], 5)
+    x, s, y, targets = loader.next_batch()
+    rows = loader.rows(48, 5)
+    assert torch.equal(y, torch.full((5,), -1))
+    assert torch.equal(s, loader.bank[rows])
+    pixels = torch.from_numpy(loader.latents[rows])
+    assert torch.allclose(x, pixels / 127.5 - 1, atol=1e-6)
+    assert targets is None
+
+
+def test_batches_come_in_the_order_that_is_asked_for():
+    loader = loader_of_50()
+    loader.begin([20, 0, 10], 5)
+    for start in (20, 0, 10):
+        _, s, _, _ = loader.next_batch()
+        assert torch.equal(s, loader.bank[loader.rows(start, 5)])
+
+
+# ------------------------------------------------------------------ runs that end before their time
+
+
+@pytest.fixture(scope="session")
+def interrupted(tmp_path_factory):
+    """A folder with two trainings of 60 steps: whole, and cut, which was killed twice, then
+    stopped, and then ran to its end without the images it was prepared from. stopped.json holds
+    what there was after the stop."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    save_images(folder / "x.npz", 64)
+    command = f"train.py {QUICK} --data {folder}/x.npz --log-every 1 --no-preview --steps 60"
+    run(f"{command} --out {folder}/whole")
+    command = f"{command} --save-every 2 --out {folder}/cut"
+    resume = f"train.py --resume --out {folder}/cut --device cpu"
+    ckpt = folder / "cut/ckpt.pt"
+    for wait in (0.03, 0.2):  # mostly while it saves
+        signal_after_save(command, ckpt, wait, signal.SIGKILL)
+        command = resume
+    code, text = signal_after_save(resume, ckpt, 0, signal.SIGTERM)
+    steps = [line["step"] for line in read_log(folder / "cut")]
+    stopped = {"code": code, "text": text, "step": load(ckpt)["step"], "logged": steps}
+    (folder / "stopped.json").write_text(json.dumps(stopped))
+
+    with open(folder / "cut/log.jsonl", "a") as file:
+        file.write('{"step": 59}\n{"st')  # as left behind by a kill
+    os.remove(folder / "x.npz")
+    run(f"{resume} --preview --save-every 30")
+    return folder
+
+
+def signal_after_save(command, ckpt, wait, number):
+    """Starts a training and sends it a signal, `wait` seconds after it has saved -> exit code,
+    output"""
+    before = ckpt.stat().st_mtime_ns if ckpt.exists() else 0
+    process = start(command)
+    wait_for(lambda: ckpt.exists() and ckpt.stat().st_mtime_ns > before, process)
+    time.sleep(wait)
+    process.send_signal(number)
+    out, err = process.communicate()
+    return process.returncode, out + err
+
+
+def test_a_signal_saves_and_ends_the_run_well(interrupted):
+    stopped = json.loads((interrupted / "stopped.json").read_text())
+    assert stopped["code"] == 0, stopped["text"]
+    assert f"holds step {stopped['step']}: stopped by a signal" in stopped["text"]
+    assert stopped["step"] < 60
+
+
+def test_a_stopped_run_has_logged_the_steps_that_it_saved(interrupted):
+    stopped = json.loads((interrupted / "stopped.json").read_text())
+    assert stopped["logged"] == list(range(1, stopped["step"] + 1))
+
+
+def test_killed_and_stopped_runs_end_as_if_nothing_had_happened(interrupted):
+    assert_same_run(interrupted / "whole", interrupted / "cut")
+
+
+def test_preview_and_no_preview(interrupted):
+    assert not (interrupted / "whole/samples.png").exists()
+    pictures = {path.name for path in (interrupted / "cut").glob("*.png")}
+    assert {"samples.png", "samples-0000060.png"} <= pictures
+
+
+def test_killed_runs_leave_no_temporary_files(interrupted):
+    assert list((interrupted / "cut").glob("*.tmp")) == []
+
+
+def test_a_run_that_starts_anew_keeps_no_log_of_one_that_never_saved(trained):
+    os.mkdir("out")
+    Path("out/log.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    command = f"train.py {QUICK} --data {trained}/out/data --no-preview --log-every 1"
+    run(f"{command} --steps 2 --out out")
+    assert [line["step"] for line in read_log("out")] == [1, 2]
+    assert np.isfinite(logged_numbers("out")).all()
+
+
+def test_a_dead_process_ends_the_others(trained):
+    process = start(
+        f"train.py {QUICK} --steps 9999 --decay 0 0 --save-every 1 --no-preview --out out",
+        "--data",
+        trained / "out/data",
+        processes=2,
+    )
+    wait_for(lambda: os.path.exists("out/ckpt.pt"), process)
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+    )
+    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    _, message = process.communicate(timeout=60)
+    assert process.returncode not in (0, None)
+    assert "Signal 9" in message
+    assert load("out/ckpt.pt")["step"] >= 1
+
+
+@contextmanager
+def file_size_limited_to(size):
+    """No file of this process may become larger, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(trained):
+    shutil.copytree(trained / "out", "out")
+    before = Path("out/ckpt.pt").read_bytes()
+    command = "train.py --resume --steps 8 --decay 3 8 --out out --device cpu"
+    with file_size_limited_to(len(before) // 2):
+        code, _, err = run_here(command, fails=True)
+    assert code == 2, err
+    assert "what was there is kept" in err.splitlines()[-1]
+    assert Path("out/ckpt.pt").read_bytes() == before
+    assert not os.path.exists("out/ckpt.pt.tmp")
+
+
+def kill_in_the_middle(command, done):
+    """Starts a command and kills it once a block is done, of those that the file `done` counts."""
+
+    def a_block_is_done():
+        header = 128  # of an .npy
+        return os.path.exists(done) and os.path.getsize(done) > header and np.load(done).any()
+
+    process = start(command)
+    wait_for(a_block_is_done, process)
+    process.kill()
+    process.communicate()
+
+
+def test_a_preparation_goes_on_after_a_kill():
+    folder_of_images("images", 1200, 40)
+    command = "memory.py --image-size 32 --data images"
+    kill_in_the_middle(f"{command} --out killed", "killed/parts/done.npy")
+    assert not os.path.exists("killed/meta.json")
+    assert "are done already" in run(f"{command} --out killed")
+    run(f"{command} --out whole")
+    for file in ("latents.npy", "labels.npy", "bank.pt", "meta.json"):
+        assert Path("killed", file).read_bytes() == Path("whole", file).read_bytes()
+    assert not os.path.exists("killed/parts")
+
+
+def test_sampling_goes_on_after_a_kill(trained):
+    command = f"sample.py --ckpt {trained}/out --num-images 40 --batch-size 2 --steps 8"
+    kill_in_the_middle(f"{command} --out killed.npz", "killed.npz.parts/done.npy")
+    assert not os.path.isfile("killed.npz")
+    assert "are done already" in run(f"{command} --out killed.npz")
+    run(f"{command} --out whole.npz")
+    assert Path("killed.npz").read_bytes() == Path("whole.npz").read_bytes()
+    assert not os.path.exists("killed.npz.parts")
+
+
+# ------------------------------------------------------------------------ steps that are not finite
+
+
+@pytest.fixture(scope="session")
+def not_finite(tmp_path_factory):
+    """A folder with data, where one of 96 latents is not a number (that is in one batch of six, and
+    there in one micro-batch), and 20 steps on them by one process and by two; inf, where all are
+    infinite."""
+    folder = tmp_path_factory.mktemp("not_finite")
+    save_images(folder / "x.npy", 96)
+    prepare(f"{folder}/x.npy", f"{folder}/data", image_size=16)
+    shutil.copytree(folder / "data", folder / "inf")
+    latents = np.load(folder / "data/latents.npy").astype(np.float16)
+    np.save(folder / "inf/latents.npy", np.full_like(latents, np.inf))
+    latents[5] = np.nan
+    np.save(folder / "data/latents.npy", latents)
+    command = f"train.py {QUICK} --log-every 1 --micro-batch 8 --no-preview --data {folder}/data"
+    run(f"{command} --steps 20 --out {folder}/one")
+    run(f"{command} --steps 20 --out {folder}/two", processes=2)
+    return folder
+
+
+def test_a_step_with_a_number_that_is_not_finite_is_skipped(not_finite):
+    one = load(not_finite / "one/ckpt.pt")
+    assert one["skipped"] == 4  # 20 steps are 3 1/3 epochs
+    assert all(state["step"] == 16 for state in one["optimizer"]["state"].values())
+
+
+def test_skipped_steps_leave_finite_weights(not_finite):
+    one = load(not_finite / "one/ckpt.pt")
+    for weights in ("model", "ema"):
+        assert all(value.isfinite().all() for value in one[weights].values())
+
+
+def test_a_step_is_skipped_by_all_processes(not_finite):
+    one = load(not_finite / "one/ckpt.pt")
+    two = load(not_finite / "two/ckpt.pt")
+    assert two["skipped"] == one["skipped"]
+    torch.testing.assert_close(one["model"], two["model"], rtol=1e-5, atol=5e-5)
+
+
+def test_the_log_has_no_loss_of_skipped_steps_and_counts_them(not_finite):
+    lines = read_log(not_finite / "one")
+    assert len([line for line in lines if line["loss"] is None]) == 4
+    assert lines[-1]["skipped"] == 4
+
+
+def test_a_run_without_a_finite_step_gives_up(not_finite):
+    refused(
+        "no finite loss or gradient in 50 steps, to 50",
+        run,
+        f"train.py {QUICK} --log-every 1 --no-preview --data {not_finite}/inf",
+        error=SystemExit,
+    )
+    assert not os.path.exists("out/ckpt.pt")
+
+
+def tiny_trainer(**changed):
+    """A trainer of a tiny network that has taken one step."""
+    settings = {"seed": 0, "lr": 0.1, "warmup": 0, "decay": (0, 0), "clip": 1.0, "ema": 0.9}
+    args = argparse.Namespace(**{**settings, **changed})
+    trainer = Trainer(args, SiTConfig(**TINY), None, CPU)
+    draw_gradients(trainer)
+    trainer.update(torch.tensor(1.0))
+    return trainer
+
+
+def draw_gradients(trainer):
+    """Random gradients, as of a backward pass."""
+    for parameter in trainer.parameters:
+        parameter.grad = torch.randn_like(parameter)
+
+
+def state_of(trainer):
+    """A copy of the model, the EMA and the optimizer's state."""
+    state = [
+        trainer.model.state_dict(),
+        trainer.ema.state_dict(),
+        trainer.optimizer.state_dict()["state"],
+    ]
+    return copy.deepcopy(state)
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_changes_nothing(loss):
+    trainer = tiny_trainer()
+    before = state_of(trainer)
+    draw_gradients(trainer)
+    trainer.update(torch.tensor(loss))
+    torch.testing.assert_close(state_of(trainer), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_changes_nothing(value):
+    trainer = tiny_trainer()
+    before = state_of(trainer)
+    draw_gradients(trainer)
+    trainer.parameters[3].grad.view(-1)[0] = value
+    trainer.update(torch.tensor(1.0))
+    torch.testing.assert_close(state_of(trainer), before, rtol=0, atol=0)
+
+
+def test_a_skipped_step_is_counted_and_its_gradients_are_dropped():
+    trainer = tiny_trainer()
+    draw_gradients(trainer)
+    trainer.update(torch.tensor(float("nan")))
+    assert trainer.step == 2
+    assert int(trainer.skipped) == 1
+    assert all(parameter.grad is None for parameter in trainer.parameters)
+
+
+def test_the_step_after_a_skipped_one_is_the_step_that_would_have_been():
+    one = tiny_trainer()
+    other = tiny_trainer()
+    torch.manual_seed(1)
+    draw_gradients(one)
+    one.update(torch.tensor(1.0))
+    draw_gradients(other)
+    other.update(torch.tensor(float("nan")))
+    torch.manual_seed(1)
+    draw_gradients(other)
+    other.update(torch.tensor(1.0))
+    torch.testing.assert_close(one.model.state_dict(), other.model.state_dict(), rtol=0, atol=0)
+
+
+def test_the_first_step_is_that_of_adam_with_clipped_gradients():
+    args = argparse.Namespace(seed=0, lr=0.1, warmup=4, decay=(0, 0), clip=1.0, ema=0.9)
+    trainer = Trainer(args, SiTConfig(**TINY), None, CPU)
+    draw_gradients(trainer)
+    before = [parameter.detach().clone() for parameter in trainer.parameters]
+    gradients = [parameter.grad.clone() for parameter in trainer.parameters]
+    norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+    assert trainer.update(torch.tensor(1.0)).item() == pytest.approx(norm.item(), rel=1e-5)
+    for old, gradient, new in zip(before, gradients, trainer.parameters):
+        g = gradient / norm
+        step = g / (g.square().sqrt() + 1e-8)  # m / (1 - beta1), v / (1 - beta2) of one gradient
+        torch.testing.assert_close(new.detach(), old - 0.1 / 4 * step, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("limit, decay", [(0.9999, 2 / 11), (0.1, 0.1)])
+def test_a_good_step_moves_the_model_and_the_ema_by_its_formula(limit, decay):
+    trainer = tiny_trainer(ema=limit)
+    before = [parameter.detach().clone() for parameter in trainer.parameters]
+    ema_before = [parameter.clone() for parameter in trainer.ema.parameters()]
+    draw_gradients(trainer)
+    trainer.update(torch.tensor(1.0))
+    parts = zip(before, trainer.parameters, ema_before, trainer.ema.parameters())
+    for old, new, ema_old, ema_new in parts:
+        assert not torch.equal(old, new)
+        expected = decay * ema_old + (1 - decay) * new.detach()
+        torch.testing.assert_close(ema_new, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_good_step_moves_the_optimizer():
+    trainer = tiny_trainer()
+    before = state_of(trainer)[2]
+    draw_gradients(trainer)
+    trainer.update(torch.tensor(1.0))
+    after = state_of(trainer)[2]
+    for k in before:
+        assert before[k]["step"] == 1
+        assert after[k]["step"] == 2
+        assert not torch.equal(before[k]["exp_avg"], after[k]["exp_avg"])
+        assert not torch.equal(before[k]["exp_avg_sq"], after[k]["exp_avg_sq"])
+
+
+# --------------------------------------------------------------------- external and internal memory
+
+
+@pytest.fixture(scope="session")
+def letters(tmp_path_factory):
+    """A folder with a short training on the default data, o (on 2,600 of these letters, to save
+    time), and with three digits, 0.png to 2.png."""
+
+    def fewer_glyphs(**options):
+        return glyphs(n=2600, **options)
+
+    folder = tmp_path_factory.mktemp("letters")
+    digits, _ = glyphs(n=3, size=32, characters="357")
+    for i, image in enumerate(digits):
+        Image.fromarray(image).save(folder / f"{i}.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "glyphs", fewer_glyphs)
+        run(f"train.py --steps 40 --batch-size 64 --no-preview --device cpu --out {folder}/o")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def added(letters, tmp_path_factory):
+    """A folder with a.npz, five images of each of the digits 0.png and 2.png, and with the bank
+    that these extend, more.pt."""
+    folder = tmp_path_factory.mktemp("added")
+    run(
+        f"sample.py --ckpt {letters}/o --steps 4 --device cpu --out {folder}/a.npz --num-images 5 "
+        f"--add {letters}/0.png {letters}/2.png --save-bank {folder}/more.pt"
+    )
+    return folder
+
+
+def thumbnails(*paths):
+    """Image files -> their snippets, computed from the images alone."""
+    images = torch.from_numpy(np.stack([png(path) for path in paths]))
+    return F.normalize(thumbnail(to_float(images)), dim=1)
+
+
+def test_the_same_command_may_write_its_folder_again(letters):
+    command = (
+        f"sample.py --ckpt {letters}/o --steps 1 --device cpu --out pngs --num-images 2 "
+        f"--add {letters}/0.png {letters}/1.png"
+    )
+    run(command)
+    run(command)
+    assert sorted(os.listdir("pngs")) == [f"{i:06d}.png" for i in range(6)]
+
+
+def test_a_row_of_added_images_begins_with_the_image(letters, added):
+    rows = images_of(added / "a.npz").reshape(2, 6, 32, 32, 3)
+    assert (rows[0, 0] == png(letters / "0.png")).all()
+    assert (rows[1, 0] == png(letters / "2.png")).all()
+
+
+def test_the_bank_that_is_saved_holds_the_old_snippets_and_the_added_ones(letters, added):
+    bank = MemoryBank.load(letters / "o/data/bank.pt")
+    more = MemoryBank.load(added / "more.pt")
+    assert len(more) == len(bank) + 2
+    assert torch.allclose(more[: len(bank)], bank[:], atol=1e-6)
+
+
+def test_nothing_of_an_added_snippet_is_lost(letters, added):
+    s = thumbnails(letters / "0.png", letters / "2.png")
+    bank = MemoryBank.load(letters / "o/data/bank.pt")
+    more = MemoryBank.load(added / "more.pt")
+    assert ((s * more[-2:]).sum(1) > 0.999).all()
+    cosine, _ = bank.nearest(s)
+    assert (cosine < 0.999).all()  # it was not there before
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_the_images_of_a_row_have_its_snippet_and_noises_from_0_on(letters, added, row):
+    rows = images_of(added / "a.npz").reshape(2, 6, 32, 32, 3)
+    more = MemoryBank.load(added / "more.pt")
+    checkpoint = load(letters / "o/ckpt.pt")
+    s = more[len(more) - 2 + row].expand(5, -1)
+    expected = images_by(checkpoint, generate(load_sit(checkpoint), range(5), s, steps=4))
+    assert np.abs(rows[row, 1:] - expected).max() <= 1  # rounding
+
+
+@pytest.fixture(scope="session")
+def mixed(letters, tmp_path_factory):
+    """m.npz: five images on the chord from row 7 of the bank to the digit 1.png."""
+    folder = tmp_path_factory.mktemp("mixed")
+    run(
+        f"sample.py --ckpt {letters}/o --steps 4 --device cpu --out {folder}/m.npz --num-images 5 "
+        f"--mix 7 {letters}/1.png --mix-method lerp"
+    )
+    return folder / "m.npz"
+
+
+def test_mixed_images_go_away_from_the_first_step_by_step(mixed):
+    images = images_of(mixed)
+    far = np.abs(images - images[:1]).mean((1, 2, 3))
+    assert far[0] == 0
+    assert (np.diff(far) > 0).all()
+
+
+def test_mixed_images_begin_at_the_bank_row_and_end_at_the_exact_snippet_of_the_image(
+    letters, mixed
+):
+    checkpoint = load(letters / "o/ckpt.pt")
+    bank = MemoryBank.load(letters / "o/data/bank.pt")
+    s = torch.cat([bank[[7]], thumbnails(letters / "1.png")])
+    x = generate(load_sit(checkpoint), [0, 0], s, steps=4)  # one noise
+    assert np.abs(images_of(mixed)[[0, -1]] - images_by(checkpoint, x)).max() <= 1  # rounding
+
+
+def test_a_mix_gives_the_unit_norm_feature_of_an_image_to_the_network(letters, monkeypatch):
+    snippets = []
+
+    def generate_noted(model, ids, s, *more, **options):
+        snippets.append(s)
+        return generate(model, ids, s, *more, **options)
+
+    monkeypatch.setattr(sample, "generate", generate_noted)
+    run(
+        f"sample.py --ckpt {letters}/o --steps 1 --device cpu --out m.png --num-images 2 "
+        f"--mix {letters}/0.png {letters}/1.png"
+    )
+    (given,) = snippets
+    expected = thumbnails(letters / "0.png", letters / "1.png")
+    torch.testing.assert_close(given, expected, rtol=0, atol=1e-6)
+
+
+@pytest.fixture(scope="session")
+def audited(letters, tmp_path_factory):
+    """A folder with audit.png, of 20 images by two processes and of the digit 1.png as one that was
+    held out, and with what was printed, audit.txt."""
+    folder = tmp_path_factory.mktemp("audited")
+    os.mkdir(folder / "held-out")
+    shutil.copy(letters / "1.png", folder / "held-out")
+    text = run(
+        f"sample.py --ckpt {letters}/o --steps 4 --device cpu --out {folder}/audit.png "
+        f"--audit {folder}/held-out --num-images 20",
+        processes=2,
+    )
+    (folder / "audit.txt").write_text(text)
+    return folder
+
+
+def medians(text):
+    """What --audit prints -> {between which images: median of the distances}"""
+    found = re.findall(r"^(.+?) +median ([\d.]+), least", text, re.MULTILINE)
+    return {what: float(value) for what, value in found}
+
+
+def test_audit_prints_the_distance_of_held_out_images(letters, audited):
+    data = np.load(letters / "o/data/latents.npy").reshape(2600, -1) / 127.5 - 1
+    image = png(letters / "1.png").transpose(2, 0, 1).reshape(-1) / 127.5 - 1
+    distance = np.sqrt(((data - image) ** 2).mean(1))
+    printed = medians((audited / "audit.txt").read_text())
+    held_out = printed["held-out image to the nearest training image"]
+    assert held_out == pytest.approx(distance.min(), abs=2e-3)
+
+
+def test_audit_finds_no_image_nearer_than_the_nearest(audited):
+    printed = medians((audited / "audit.txt").read_text())
+    assert len(printed) == 4
+    nearest = printed["generated image to the nearest training image"]
+    own = printed["generated image to the image of its snippet"]
+    assert 0 < nearest <= own
+
+
+def test_audit_shows_three_rows_of_images(audited):
+    assert Image.open(audited / "audit.png").size == (16 * 64, 3 * 64)
+
+
+def test_float32_is_the_default_on_a_cpu_and_bfloat16_differs_by_rounding(letters):
+    command = f"sample.py --ckpt {letters}/o --num-images 4 --steps 4 --device cpu"
+    run(f"{command} --out default.npz")
+    run(f"{command} --out float32.npz --dtype float32")
+    run(f"{command} --out bfloat16.npz --dtype bfloat16")
+    exact = images_of("float32.npz")
+    assert (images_of("default.npz") == exact).all()
+    difference = np.abs(images_of("bfloat16.npz") - exact)
+    assert difference.max() > 0
+    assert difference.mean() < 1
+
+
+# ---------------------------------------------------------------------------------------- bad input
+
+
+@pytest.fixture(scope="session")
+def with_bad_files(trained, baselines, tmp_path_factory):
+    """A folder with files of every kind that cannot be used, and with trainings: ok, none,
+    class."""
+    folder = tmp_path_factory.mktemp("bad")
+    folder_of_images(folder / "images", 6)
+    whole = (folder / "images/class0/000.png").read_bytes()
+    contents = {
+        "images/class0/x.png": b"no",
+        "images/class1/cut.png": whole[: len(whole) // 2],
+        "images/class1/none.jpg": b"",
+        "t.npy": b"a",
+        "t.npz": b"",
+        "file": b"",
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    os.mkdir(folder / "empty")
+    np.save(folder / "f.npy", np.zeros((4, 8, 8, 3), np.float32))
+    images = np.zeros((4, 8, 8, 3), np.uint8)
+    np.savez(folder / "labels.npz", arr_0=images, arr_1=np.zeros(3, int))
+    np.savez(folder / "other.npz", x=np.zeros(3))
+    torch.save({"model": {}}, folder / "c.pt")
+    torch.save({"config": {"width": 8}, "ema": {}}, folder / "y.pt")
+    torch.save(nn.Linear(2, 2), folder / "x.pt")  # a class, which weights_only refuses
+    MemoryBank.build(features(70, 80), 4).save(folder / "bank.pt")
+    MemoryBank.build(features(70, 768), 4, encoder="another").save(folder / "another.pt")
+    shutil.copytree(baselines / "none", folder / "none")
+    shutil.copytree(baselines / "class", folder / "class")
+    run(
+        f"train.py {QUICK} --steps 2 --no-preview --data {folder}/images --skip-bad "
+        f"--out {folder}/ok"
+    )
+    return folder
+
+
+def test_skip_bad_leaves_out_the_files_that_do_not_decode(with_bad_files):
+    assert memory.read_json(with_bad_files / "ok/data/meta.json")["images"] == 6  # of 9
+
+
+# flags -> what the message holds
+BAD_TRAIN = {
+    # what is not a setting, or no value of one
+    "--nonsense": "unrecognized arguments: --nonsense",
+    "--model SiT-Q": "--model: invalid choice: 'SiT-Q' (choose from",
+    "--drop 2": "--drop: 2 is not in [0, 1)",
+    "--lr nan": "--lr: nan is not in",
+    "--image-size 0": "--image-size: 0 is not in [1, inf)",
+    "--steps x": "invalid whole number value: 'x'",
+    "--batch-size -4": "--batch-size: -4 is not in",
+    "--micro-batch 48": "--micro-batch 48 does not divide 128",
+    "--scale centred": "--scale",
+    "--steps 9999 --decay 100 200": "--decay A B",
+    "--device cuda:99": "--device cuda:99 is unavailable",
+    # of data
+    "--data nowhere": "nowhere does not exist",
+    "--data empty": "no images",
+    "--data images": "3 of 9 files in",
+    "--data f.npy": "float32 (4, 8, 8, 3); expected are images, uint8",
+    "--data t.npy": "t.npy is not an .npy file of numbers",
+    "--data t.npz": "t.npz is not an .npz of arrays, or damaged",
+    "--data other.npz": "holds x; images are expected under arr_0",
+    "--data labels.npz": "labels int64 (3,) for 4 images",
+    "--image-size 24": "24 is no multiple of 16, SiT-T/16's patch",
+    "--align 0.5": "has no patch tokens",
+    # of a prepared folder
+    "--data ok/data --rank 8": "was prepared with rank 64, not 8",
+    "--data ok/data --image-size 32": "was prepared with image_size 16, not 32",
+    "--data ok/data --flip": "was prepared with flip False, not True",
+    # of a run that is there
+    "--out ok": "--resume goes on",
+    "--resume": "ckpt.pt",
+    "--resume --out ok --batch-size 32": "cannot go on with",
+    "--resume --out ok --model SiT-T/4": "SiT-T/4",
+    "--resume --out ok --steps 3": "--decay A B",
+}
+BAD_SAMPLE = {
+    # of flags
+    "--ckpt c --shift 0.3 --method sde-heun": "--shift 0.3 is of",
+    "--ckpt ok --out s.jpg": "neither a .png nor an .npz",
+    "--ckpt ok --out out --num-images 0": "--num-images: 0 is not in",
+    "--ckpt ok --out out --cfg nan": "--cfg: nan is not in",
+    "--ckpt ok --out out --add images --audit": "exclude each other",
+    "--ckpt ok --out out --method heunn": "--method: invalid choice: 'heunn'",
+    "--out out": "--ckpt",
+    # of checkpoints and banks
+    "--ckpt nowhere.pt": "nowhere.pt is no file",
+    "--ckpt c.pt": "a checkpoint of no SiT",
+    "--ckpt y.pt": "unexpected keyword argument 'width'",
+    "--ckpt x.pt": "x.pt is damaged",
+    "--ckpt ok --out out --bank bank.pt": "have 80 numbers, not 768",
+    "--ckpt ok --out out --bank another.pt": "of another, the model was trained on thumbnail",
+    # of what the model has
+    "--ckpt ok --out out --label 1": "--label 1: this model has 0 labels",
+    "--ckpt class --out out --label 2": "--label 2: this model has 2 labels",
+    "--ckpt none --out out --label 0": "--label 0: this model has 0 labels",
+    "--ckpt none --out out --cfg 3": "--cfg 3.0: this model has neither memory nor labels",
+    "--ckpt none --out out --mask 0.5": "--mask: this model has no memory",
+    "--ckpt class --out out --mask 0.5": "--mask: this model has no memory",
+    "--ckpt class --out out --add images": "--add: this model has no memory",
+    "--ckpt class --out out --mix 0 1": "--mix: this model has no memory",
+    "--ckpt class --out out --audit": "--audit: this model has no memory",
+    # of images
+    "--ckpt ok --out out --mix 0 6": "--mix 6 is no file, and no row of 6 in the bank",
+    "--ckpt ok --out out --mix a.png 0": "a.png",
+    "--ckpt ok --out out --add empty": "no images",
+    "--ckpt ok --num-images 1 --out file": "file",
+    "--ckpt ok --num-images 1 --out ok/data": "the folder holds other files, such as",
+    "--ckpt ok --num-images 1 --out ok/data --add images/class0/000.png --save-bank more.pt": (
+        "the folder holds other files, such as"
+    ),
+}
+
+
+def assert_refused(folder, command, message, monkeypatch):
+    """The command ends with one short line that holds the message, and has written nothing."""
+    monkeypatch.chdir(folder)
+    before = files_below()
+    line = run(command, fails=True)
+    assert message in line
+    assert len(line) < 300
+    assert files_below() == before
+
+
+@pytest.mark.parametrize("flags, message", BAD_TRAIN.items())
+def test_bad_input_of_train_py(with_bad_files, monkeypatch, flags, message):
+    command = f"train.py {flags}"
+    if "--out" not in flags:
+        command = f"{command} --out out"
+    assert_refused(with_bad_files, command, message, monkeypatch)
+
+
+@pytest.mark.parametrize("flags, message", BAD_SAMPLE.items())
+def test_bad_input_of_sample_py(with_bad_files, monkeypatch, flags, message):
+    assert_refused(with_bad_files, f"sample.py {flags}", message, monkeypatch)
+
+
+def test_bad_input_of_a_process_is_one_line_and_exit_code_2(tmp_path):
+    line = run("train.py --model SiT-Q", processes=1, fails=True)
+    assert "invalid choice: 'SiT-Q'" in line
+    assert list(tmp_path.iterdir()) == []
