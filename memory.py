@@ -290,7 +290,7 @@ def check_build(N, rank, dtype, labels, energy):
     """InputError for what MemoryBank.build cannot use."""
     if N == 0:
         raise InputError("a bank of no features; expected (N, D), N > 0")
-    if not isinstance(rank, int) or rank < 1:
+    if not isinstance(rank, (int, np.integer)) or rank < 1:
         raise InputError(f"rank {rank}: expected a whole number of at least 1, or full")
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype}: expected one of {', '.join(DTYPES)}")

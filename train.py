@@ -78,7 +78,7 @@ OFFICIAL = {
     "log_every": 100,
 }
 PRESETS = {
-    "glyphs": {"image_size": 32},
+    "glyphs": {},
     "imagenet256-b": {
         **OFFICIAL,
         "model": "LightningDiT-B/1",
@@ -108,7 +108,7 @@ fraction = number(0, 1, float)
 steps_from_to = {"type": number(0), "nargs": 2, "metavar": ("A", "B")}
 # name: (default, type, help)
 SETTINGS = {
-    "preset": ("glyphs", tuple(PRESETS), "gives the defaults of the rest"),
+    "preset": ("glyphs", tuple(PRESETS), "another set of defaults than this one"),
     "out": ("out", str, "folder of everything that is written"),
     "data": (
         "glyphs",
@@ -116,6 +116,7 @@ SETTINGS = {
         "a prepared folder, or what memory.py takes, which is prepared into OUT/data",
     ),
     **DATA_SETTINGS,
+    "image_size": (32, number(1), "height and width that images are cropped to"),
     "model": ("SiT-T/16", tuple(CONFIGS), "a name in CONFIGS of model.py"),
     "condition": (
         "memory",
