@@ -319,10 +319,11 @@ def snippet_blocks(features, share, device, what):
         block = features[rows.start : rows.stop]
         if not torch.is_tensor(block):
             block = torch.from_numpy(np.array(block))
-        s = unit_norm(block.to(device))
-        if not s.isfinite().all():
+        block = block.to(device).float()
+        norm = block.norm(dim=1, keepdim=True)
+        if not norm.isfinite().all():
             raise InputError(f"features {rows.start} to {rows.stop - 1} hold NaN or infinity")
-        yield i, s
+        yield i, block / norm.clamp_min(1e-12)
 
 
 def principal_directions(features, share, distributed, device):
@@ -356,7 +357,7 @@ def pack(c, dtype):
     scale = torch.ones(len(c))
     if dtype == "int8":
         scale = c.abs().amax(dim=1).clamp_min(1e-12) / 127
-        c = (c / scale[:, None]).round()
+        c = (c / scale[:, None]).round_()
     return c.numpy().astype(dtype), scale.numpy()
 
 
@@ -364,9 +365,12 @@ def stored_rows(bank, features, share, device):
     """-> coef, scale of the rows of a share, by the basis and in the dtype of a bank"""
     coef = np.empty((len(share), bank.rank), bank.coef.dtype)
     scale = np.empty(len(share), np.float32)
+    mean, basis = bank.on(device)
+    origin = -basis @ mean
     for i, s in snippet_blocks(features, share, device, "coefficients"):
+        c = torch.addmm(origin, s, basis.T)  # as project, without copies
         rows = slice(i, i + len(s))
-        coef[rows], scale[rows] = pack(bank.project(s).cpu(), coef.dtype)
+        coef[rows], scale[rows] = pack(c.cpu(), coef.dtype)
     return coef, scale
 
 
