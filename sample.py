@@ -170,6 +170,7 @@ def load_model(args, device):
         count = sum(p.numel() for p in model.parameters())
         print(f"{args.ckpt}: {count:,} parameters, on {device}")
     if "meta" in content:
+        load_file(args.ckpt, keys=("config", "meta", "bank", "ema"))  # names what is missing
         folder = os.path.dirname(os.path.realpath(args.ckpt))
         return model, content["meta"], args.bank or os.path.join(folder, content["bank"])
 
@@ -364,8 +365,7 @@ def check(args, config):
             if getattr(args, flag) not in (None, 0):
                 raise InputError(f"--{flag}: this model has no memory")
     if args.label is not None and args.label >= config.num_classes:
-        labels = config.num_classes
-        raise InputError(f"--label {args.label}: this model has {labels} labels, counted from 0")
+        raise InputError(f"--label {args.label}: this model has {config.num_classes} labels")
     if args.cfg != 1 and not config.memory_dim and not config.num_classes:
         raise InputError(f"--cfg {args.cfg}: this model has neither memory nor labels to guide it")
 

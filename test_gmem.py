@@ -4925,9 +4925,9 @@ BAD_TRAIN = {
     # of a run that is there
     "--out ok": "--resume goes on",
     "--resume": "ckpt.pt",
-    "--resume --out ok --batch-size 32": "cannot go on with batch_size 16, not 32",
-    "--resume --out ok --model SiT-T/4": "cannot go on with model SiT-T/8, not SiT-T/4",
-    "--resume --out ok --preset imagenet256-b": "cannot go on with preset glyphs, not imagenet",
+    "--resume --out ok --batch-size 32": "cannot go on with batch_size 32, not 16",
+    "--resume --out ok --model SiT-T/4": "cannot go on with model SiT-T/4, not SiT-T/8",
+    "--resume --out ok --preset imagenet256-b": "cannot go on with preset imagenet256-b, not glyphs",
     "--resume --out ok --steps 3": "--decay A B",
 }
 BAD_SAMPLE = {

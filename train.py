@@ -164,7 +164,8 @@ def merge_settings(given):
     if given.get("resume"):
         checkpoint = load_file(path, keys=("model", "optimizer", "settings"))
         was = checkpoint["settings"]
-        differ = differences(was, {name: given.get(name, was[name]) for name in FIXED})
+        asked = {name: given.get(name, was[name]) for name in FIXED}
+        differ = differences(asked, {name: was[name] for name in FIXED})
         if differ:
             raise InputError(f"{path} cannot go on with {differ}: drop it, or name another --out")
         settings = {**was, "device": None}
