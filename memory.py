@@ -812,7 +812,7 @@ class Blocks:
 
     def write(self, rows, **values):
         for name, array in self.arrays.items():
-            array[rows.start : rows.stop] = values[name.removesuffix(".npy")]
+            array[rows.start : rows.stop] = values[os.path.basename(name).removesuffix(".npy")]
             array.flush()
         self.done[rows.start // self.block] = True
         self.done.flush()
@@ -916,12 +916,12 @@ def encode_images(images, tokenizer, encode, blocks, device):
 def prepare(src, out, device="cpu", **options):
     """Images of src -> out/latents.npy (N, C, h, w), labels.npy (N,), bank.pt, meta.json.
 
-    options: see DATA_SETTINGS and BANK_SETTINGS. Returns meta, a dict. What is there already is
-    kept, a killed run resumes; of several processes each encodes a share. InputError for what
-    cannot be used.
+    options: see DATA_SETTINGS and BANK_SETTINGS. Returns meta, a dict. A killed run resumes; of
+    several processes each encodes a share. InputError for what cannot be used.
     """
     settings = prepare_settings(src, options)
     if is_prepared(out, settings):  # then src itself may be gone
+        shutil.rmtree(os.path.join(out, "parts"), ignore_errors=True)
         return read_json(os.path.join(out, "meta.json"))
     if not is_glyphs(src) and not os.path.exists(src):
         raise InputError(
@@ -943,7 +943,8 @@ def prepare(src, out, device="cpu", **options):
     images = Images(src, size, settings["skip_bad"], settings["flip"])
     N = len(images)
     latent = (tokenizer.channels, size // tokenizer.factor, size // tokenizer.factor)
-    arrays = {"latents.npy": ((N, *latent), tokenizer.dtype)}
+    # latents.npy is where it stays, so that there is no moment at which a kill loses it
+    arrays = {"../latents.npy": ((N, *latent), tokenizer.dtype)}
     features = None
     if settings["features"] is None:
         arrays["features.npy"] = ((N, feature.shape[1]), "float32")
@@ -961,7 +962,7 @@ def prepare(src, out, device="cpu", **options):
     if settings["patches"]:
         sources["patches.pt"] = PatchTokens(images, encode, *tokens.shape[1:], device)
     if stats is None:
-        stats = measured_stats(blocks.arrays["latents.npy"])
+        stats = measured_stats(blocks.arrays["../latents.npy"])
     meta = {
         "settings": settings,
         "images": N // (1 + images.flip),
@@ -993,15 +994,13 @@ def save_prepared(out, meta, labels, sources, device):
             if name == "bank.pt":
                 meta["bank"] = bank.id
     if rank_world()[0] == 0:
-        parts = os.path.join(out, "parts")
-        os.replace(os.path.join(parts, "latents.npy"), os.path.join(out, "latents.npy"))
         with (
             atomic_write(os.path.join(out, "labels.npy")) as temporary,
             open(temporary, "wb") as file,
         ):
             np.save(file, labels)
         write_json(os.path.join(out, "meta.json"), meta)
-        shutil.rmtree(parts)
+        shutil.rmtree(os.path.join(out, "parts"))
     barrier()
 
 

@@ -3041,6 +3041,34 @@ def test_a_write_that_fails_keeps_what_was_there():
     assert os.listdir() == ["file"]
 
 
+def test_a_preparation_that_ends_just_before_meta_json_resumes(monkeypatch, capsys):
+    folder_of_images("images")
+    write_json = memory.write_json
+
+    def interrupted(path, value):
+        if path.endswith("meta.json"):
+            raise KeyboardInterrupt
+        write_json(path, value)
+
+    monkeypatch.setattr(memory, "write_json", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare("images", "data", image_size=24)
+    monkeypatch.setattr(memory, "write_json", write_json)
+    resumed = prepare("images", "data", image_size=24)
+    assert "1 of 1 blocks of 256 are done already" in capsys.readouterr().out
+    assert resumed == prepare("images", "whole", image_size=24)
+    assert Path("data/latents.npy").read_bytes() == Path("whole/latents.npy").read_bytes()
+    assert sorted(os.listdir("data")) == ["bank.pt", "labels.npy", "latents.npy", "meta.json"]
+
+
+def test_what_a_kill_left_of_a_finished_preparation_is_removed():
+    folder_of_images("images")
+    prepare("images", "data", image_size=24)
+    os.mkdir("data/parts")
+    prepare("images", "data", image_size=24)
+    assert not os.path.exists("data/parts")
+
+
 # =========================================================================================== fid.py
 
 
