@@ -18,6 +18,7 @@ images, tokenizers, encoders, the preparation of a data set, and what the comman
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import os
@@ -36,6 +37,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 RANK = 64  # of a bank, by default
@@ -439,6 +442,82 @@ def mix(a, b, alpha, method="slerp", generator=None):
         raise InputError(f"unknown method {method} of mixing; known: slerp, lerp, concat, mask")
     vanished = mixed.norm(dim=-1, keepdim=True) < 1e-4  # halfway between opposite ones
     return F.normalize(torch.where(vanished, arc, mixed), dim=-1)
+
+
+def labels_or_null(bank):
+    """-> (N,) labels, for those that are missing the number behind the last one; how many there are"""
+    num_classes = 0
+    if len(bank.labels) > 0:
+        num_classes = int(bank.labels.max()) + 1
+    labels = np.full(len(bank), num_classes)
+    if num_classes > 0:
+        labels = np.where(bank.labels < 0, num_classes, bank.labels)
+    return labels, num_classes
+
+
+def fit_prior(bank, steps=2000, batch_size=256, lr=2e-3, seed=0, device=None):
+    """The distribution of a bank's snippets, by label where it has labels -> model.SnippetPrior
+
+    A tenth of the rows (at most 4,096) is held out. What is returned is the moving average of the
+    weights where it was best on them: a prior that repeats its rows would be the bank again. The
+    fit ends early once it has not become better for a quarter of the steps.
+    It seeds torch's default generator. InputError for a bank of less than 10 rows.
+    """
+    from model import SnippetPrior
+
+    N = len(bank)
+    if N < 10:
+        raise InputError(f"a prior over {N} snippets: at least 10 are needed")
+    labels, num_classes = labels_or_null(bank)
+
+    def read(rows):
+        """-> coefficients (B, r) float32, labels (B,)"""
+        c = torch.from_numpy(bank.coef[rows] * bank.scale[rows, None])
+        return c.to(device), torch.from_numpy(labels[rows]).to(device)
+
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    held_out, rows = np.split(rng.permutation(N), [min(N // 10, BLOCK)])
+    prior = SnippetPrior(bank.rank, num_classes).to(device)
+    c, _ = read(rows[:100_000])
+    prior.mean.copy_(c.mean(0))
+    prior.std.copy_(c.std(0).clamp_min(1e-8))
+    prior.counts.copy_(torch.from_numpy(np.bincount(labels, minlength=num_classes + 1)))
+    ema = AveragedModel(prior, multi_avg_fn=get_ema_multi_avg_fn(0.995))
+    optimizer = torch.optim.AdamW(prior.parameters(), lr, weight_decay=0, fused=True)
+    schedule = OneCycleLR(optimizer, lr, steps, pct_start=0.05, anneal_strategy="linear")
+
+    # each held-out row several times, with other noise
+    held_c, held_y = read(np.resize(held_out, BLOCK))
+    held_z = torch.randn_like(held_c)
+    held_t = torch.rand(BLOCK, device=device)
+    best_loss = float("inf")
+    best_step = 0
+    bar = tqdm(range(1, steps + 1), "fitting the prior", unit="step")
+    for step in bar:
+        c, y = read(rng.choice(rows, batch_size))
+        z = torch.randn_like(c)
+        t = torch.rand(batch_size, device=device)
+        keep = torch.rand(batch_size, device=device) >= 0.1
+        loss = prior.loss(c, z, t, torch.where(keep, y, num_classes))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        ema.update_parameters(prior)
+        if step % 100 == 0 or step == steps:
+            with torch.no_grad():
+                held_out_loss = ema.module.loss(held_c, held_z, held_t, held_y).item()
+            bar.set_postfix(loss=f"{loss.item():.3f}", held_out=f"{held_out_loss:.3f}")
+            if held_out_loss < best_loss:
+                best_loss = held_out_loss
+                best_step = step
+                best = copy.deepcopy(ema.module)
+            elif step - best_step > steps / 4:
+                bar.close()
+                break
+    print(f"prior: held-out loss {best_loss:.4f} after {best_step:,} steps, of {step:,}")
+    return best.eval()
 
 
 # ------------------------------------------------------------------------------------------- images

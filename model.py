@@ -521,6 +521,68 @@ def guided(model, s=None, y=None, cfg=1.0, interval=(0.0, 1.0)):
     return v
 
 
+# ------------------------------------------------------------------------------ the snippets' prior
+
+
+class PriorBlock(nn.Module):
+    """A residual MLP, (B, w) -> (B, w); the condition (B, w) is added in its middle."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, width)
+        self.condition = nn.Linear(width, width)
+        self.fc2 = nn.Linear(width, width)
+
+    def forward(self, h, condition):
+        inner = self.fc1(self.norm(h)) + self.condition(condition)
+        return h + self.fc2(F.silu(inner))
+
+
+class SnippetPrior(nn.Module):
+    """p(c), or p(c | label), of the r coefficients c of a snippet, by flow matching as above.
+
+    RCG (arXiv 2312.03701) does this for whole features; here a truncated SVD has made them short.
+    Fitted by memory.fit_prior. The flow is that of (c - mean) / std; the last label is the null one;
+    counts: how many rows of the bank have each label, the null label where they have none.
+    """
+
+    def __init__(self, rank, num_classes=0, width=256, depth=4):
+        super().__init__()
+        self.rank = rank
+        self.num_classes = num_classes
+        self.register_buffer("mean", torch.zeros(rank))
+        self.register_buffer("std", torch.ones(rank))
+        self.register_buffer("counts", torch.zeros(num_classes + 1, dtype=torch.int64))
+        self.c_embedder = nn.Linear(rank, width)
+        self.t_embedder = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.y_embedder = nn.Embedding(num_classes + 1, width)
+        self.blocks = nn.ModuleList([PriorBlock(width) for _ in range(depth)])
+        self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, rank))
+
+    def forward(self, c, t, y=None):
+        """c (B, r) at times t (B,), labels y (B,) or None: the null label -> velocity (B, r)"""
+        if y is None:
+            y = torch.full((len(c),), self.num_classes, device=c.device)
+        condition = F.silu(self.t_embedder(timestep_embedding(1000 * t)) + self.y_embedder(y))
+        h = self.c_embedder(c)
+        for block in self.blocks:
+            h = block(h, condition)
+        return self.out(h)
+
+    def loss(self, c, z, t, y=None):
+        """coefficients c (B, r), noise z (B, r), times t (B,), labels y (B,) -> a scalar"""
+        c = (c - self.mean) / self.std
+        c_t = torch.lerp(z, c, t[:, None])
+        return F.mse_loss(self(c_t, t, y), c - z)
+
+    @torch.no_grad()
+    def sample(self, noise, y=None, steps=40):
+        """noise (B, r), labels y (B,) -> coefficients (B, r), by so many steps of Heun's method"""
+        c = ode(lambda c, t: self(c, t, y), noise, steps)
+        return self.mean + self.std * c
+
+
 # --------------------------------------------------------------------------- weights made elsewhere
 
 

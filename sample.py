@@ -2,6 +2,8 @@
 
     python sample.py --ckpt out                                        # a grid: out/samples.png
     torchrun --nproc_per_node=8 sample.py --ckpt C --num-images 50000 --out s.npz   # for fid.py
+    python sample.py --ckpt C --new                                    # images of no bank row
+    python sample.py --ckpt C --label A                                # of one class
     python sample.py --ckpt C --add new.png photos/                    # external memory
     python sample.py --ckpt C --mix a.png 17                           # internal memory; a bank row
     python sample.py --ckpt C --audit                                  # does it copy?
@@ -10,7 +12,10 @@
 An .npz is in ADM's format: arr_0, uint8 (N, H, W, 3). Image i depends on (seed, i) alone, not on
 the batch size or the number of processes (but for rounding). A killed run, started again, resumes.
 
-The core is `generate`. After it come loading, external and internal memory, the audit, and last the
+--new draws snippets from a prior over the bank, p(snippet) or p(snippet | label). It is fitted the
+first time, and kept as prior.pt beside the checkpoint: these two files sample without the bank.
+
+The core is `generate`. After it come loading, where snippets come from, the audit, and last the
 command line.
 """
 
@@ -33,14 +38,18 @@ from memory import (
     MemoryBank,
     ahead,
     atomic_write,
+    barrier,
     best_device,
     cli,
     default_dtype,
     defaults,
     denormalize_latents,
     feature_source,
+    fit_prior,
+    glyphs,
     in_batches,
     init_distributed,
+    is_glyphs,
     known_stats,
     load_array,
     load_encoder,
@@ -52,7 +61,7 @@ from memory import (
     read_flags,
     stats_tensor,
 )
-from model import guided, load_file, load_sit, ode, sde
+from model import SnippetPrior, guided, load_file, load_sit, ode, sde
 
 # -------------------------------------------------------------------------- from snippets to images
 
@@ -65,6 +74,12 @@ def mixed_seed(*numbers):
 def draw_rows(ids, seed, count):
     """-> for each image the row of the bank, or the label, that it belongs to: one of count"""
     return torch.tensor([int(np.random.default_rng([seed, i]).integers(count)) for i in ids])
+
+
+def streams(which, seed, ids):
+    """-> a generator for each image; which: 1 its noise, 2 its mask, 3 its new snippet (the
+    training has 0)"""
+    return [torch.Generator().manual_seed(mixed_seed(which, seed, i)) for i in ids]
 
 
 @torch.no_grad()
@@ -92,8 +107,7 @@ def generate(
     """
     config = model.config
     device = next(model.parameters()).device
-    # the stream of training is 0, those of noise and masks are 1 and 2
-    generators = [torch.Generator().manual_seed(mixed_seed(1, seed, i)) for i in ids]
+    generators = streams(1, seed, ids)
 
     def noise(like=None):
         shape = (config.in_channels, config.input_size, config.input_size)
@@ -101,8 +115,7 @@ def generate(
 
     if mask > 0:
         mean = model.memory_mean.cpu() if config.memory_center else 0
-        masks = [torch.Generator().manual_seed(mixed_seed(2, seed, i)) for i in ids]
-        masked = [memory.mask(row, mask, g) for row, g in zip(s - mean, masks)]
+        masked = [memory.mask(row, mask, g) for row, g in zip(s - mean, streams(2, seed, ids))]
         s = mean + torch.stack(masked)
     if s is not None:
         s = s.to(device)
@@ -229,27 +242,124 @@ def mixed_snippets(args, bank, encode, size):
     return mix(a, b, alpha, args.mix_method, torch.Generator().manual_seed(args.seed))
 
 
-def labels_of(args, ids, num_classes):
-    if args.label is not None:
-        return torch.full((len(ids),), args.label)
-    return draw_rows(ids, args.seed, num_classes)
+def label_number(label, names, count):
+    """--label, the name of a class or its number -> its number, of count"""
+    if label is None:
+        return None
+    if label in names:
+        return names.index(label)
+    if label.isdigit() and int(label) < count:
+        return int(label)
+    classes = ", ".join(names) if names else f"0 to {count - 1}"
+    raise InputError(f"--label {label} is no class; there are {count}: {classes}")
+
+
+def labels_of(args, ids, names, count):
+    """The labels of images (B,): --label for all, or drawn at random."""
+    label = label_number(args.label, names, count)
+    if label is not None:
+        return torch.full((len(ids),), label)
+    return draw_rows(ids, args.seed, count)
+
+
+def bank_rows(args, ids, names, bank):
+    """-> the row of the bank whose snippet each image is made of (B,); with --label, of that class"""
+    if args.label is None:
+        return draw_rows(ids, args.seed, len(bank))
+    if len(bank.labels) == 0:
+        raise InputError(f"--label {args.label}: the bank has no labels")
+    label = label_number(args.label, names, int(bank.labels.max()) + 1)
+    rows = np.flatnonzero(bank.labels == label)
+    if len(rows) == 0:
+        raise InputError(f"--label {args.label}: no snippet of the bank is of this class")
+    return torch.from_numpy(rows)[draw_rows(ids, args.seed, len(rows))]
+
+
+def needs_bank(args, config, bank_path, prior_path):
+    """Whether the bank is read: always by a model with memory, but for --new with a prior that is
+    there already, where nothing says that the bank is, too."""
+    if not config.memory_dim:
+        return False
+    asked = not args.new or args.audit is not None or args.bank is not None
+    return asked or os.path.exists(bank_path) or not os.path.exists(prior_path)
+
+
+def keep_prior(path, bank, device):
+    """Writes the prior over a bank to path, if it is not there."""
+    if os.path.exists(path):
+        fitted_to = load_file(path, keys=("bank",))["bank"]
+        if fitted_to == bank.id:
+            return
+        print(f"{path} is of the bank {fitted_to}, not of {bank.id}: fitted again")
+    prior = fit_prior(bank, device=device)
+    kept = {
+        "prior": prior.state_dict(),
+        "rank": bank.rank,
+        "num_classes": prior.num_classes,
+        "bank": bank.id,
+        "mean": torch.tensor(bank.mean),
+        "basis": torch.tensor(bank.basis),
+    }
+    with atomic_write(path) as temporary:
+        torch.save(kept, temporary)
+    print(f"wrote {path}")
+
+
+def load_prior(path, config, device):
+    """-> SnippetPrior, and the mean (D,) and basis (r, D) that make snippets of what it draws"""
+    kept = load_file(path, keys=("prior", "rank", "num_classes", "bank", "mean", "basis"))
+    dim = len(kept["mean"])
+    if dim != config.memory_dim:
+        raise InputError(f"{path} is of snippets of {dim} numbers, not {config.memory_dim}")
+    prior = SnippetPrior(kept["rank"], kept["num_classes"])
+    prior.load_state_dict(kept["prior"])
+    return prior.to(device).eval(), kept["mean"].to(device), kept["basis"].to(device)
+
+
+def new_snippets(args, ids, names, path, config, device):
+    """Snippets (B, D) that belong to no training image, drawn from the prior in a file."""
+    prior, mean, basis = load_prior(path, config, device)
+    if args.label is not None and prior.num_classes == 0:
+        raise InputError(f"--label {args.label}: the bank of {path} had no labels")
+    if args.label is None:  # a label as often as in the bank
+        up_to = prior.counts.cumsum(0)
+        row = draw_rows(ids, args.seed, int(up_to[-1])).to(device)
+        labels = torch.searchsorted(up_to, row, right=True)
+    else:
+        label = label_number(args.label, names, prior.num_classes)
+        labels = torch.full((len(ids),), label, device=device)
+
+    parts = []
+    starts = range(0, len(ids), 1024)
+    for i in tqdm(starts, "snippets", unit="batch", leave=False, disable=rank_world()[0] > 0):
+        generators = streams(3, args.seed, ids[i : i + 1024])
+        noise = torch.stack([torch.randn(prior.rank, generator=g) for g in generators])
+        c = prior.sample(noise.to(device), labels[i : i + 1024])
+        s = F.normalize(mean + c @ basis, dim=1)
+        parts.append(s.cpu())
+    return torch.cat(parts)
 
 
 # ------------------------------------------------------------------------------------ does it copy?
 
 
-def audit_data(args, bank_path, bank, config, tokenizer, device):
-    """-> latents of the training, beside its bank; and of the images of --audit, or None"""
+def audit_data(args, bank_path, bank, config, meta, tokenizer, device):
+    """-> latents of the training, beside its bank; and of images that it never saw: those of
+    --audit, or glyphs of another seed for a training on glyphs; or None"""
     data = load_array(os.path.join(os.path.dirname(bank_path), "latents.npy"))
     expected = (len(bank), config.in_channels, config.input_size, config.input_size)
     if data.shape != expected:
         there = f"beside {bank_path}, of {len(bank):,} rows, are latents {data.shape}"
         raise InputError(f"--audit needs the bank of training, and its latents; {there}")
-    if not args.audit:
+    size = config.input_size * tokenizer.factor
+    if args.audit:
+        images = read_images([args.audit], size)
+        images = images[:: -(-len(images) // args.num_images)]
+    elif is_glyphs(meta["settings"].get("source", "")):
+        images, _ = glyphs(args.num_images, size, seed=1, characters=meta["classes"])
+    else:
         return data, None
-    images = read_images([args.audit], config.input_size * tokenizer.factor)
-    some = images[:: -(-len(images) // args.num_images)]
-    return data, in_batches(tokenizer.encode, some, device)
+    return data, in_batches(tokenizer.encode, images, device)
 
 
 def flat_latents(latents, stats):
@@ -271,7 +381,7 @@ def audit(made, own, data, stats, held_out=None):
     """Does the model copy? Prints distances, root mean squares over a latent as the model sees it.
 
     made      (B, ...) latents of generated images
-    own       (B,) rows of their snippets
+    own       (B,) rows of their snippets; None: they are of the prior
     data      (N, ...) latents of the training images, N > 1
     held_out  latents of images that it never saw, or None
     -> (B,) the row of data nearest to each generated image
@@ -282,8 +392,9 @@ def audit(made, own, data, stats, held_out=None):
 
     x = flat_latents(made, stats)
     near, rows = nearest_latents(x, data, stats)
-    to_own = (x - flat_latents(data[own], stats)).square().mean(1).sqrt()
-    report("generated image to the image of its snippet", to_own)
+    if own is not None:
+        to_own = (x - flat_latents(data[own], stats)).square().mean(1).sqrt()
+        report("generated image to the image of its snippet", to_own)
     report("generated image to the nearest training image", near[:, 0])
     some = flat_latents(data[:: -(-len(data) // len(x))], stats)
     near, _ = nearest_latents(some, data, stats)  # the nearest is the image itself
@@ -291,9 +402,22 @@ def audit(made, own, data, stats, held_out=None):
     if held_out is not None:
         near, _ = nearest_latents(flat_latents(held_out, stats), data, stats)
         report("held-out image to the nearest training image", near[:, 0])
-    row = rows[:, 0]
-    print(f"the image of its snippet is the nearest: {100 * (row == own).float().mean():.1f} %")
-    return row
+    nearest = rows[:, 0]
+    if own is not None:
+        same = 100 * (nearest == own).float().mean()
+        print(f"the image of its snippet is the nearest: {same:.1f} %")
+    return nearest
+
+
+def audit_images(images, rows, data, held_out, meta, tokenizer, device):
+    """-> the first images, below them those of their snippets, then the nearest of the training"""
+    made = in_batches(tokenizer.encode, images, device)
+    nearest = audit(made, rows, data, stats_tensor(meta, "cpu"), held_out)
+    known = [data[nearest[:16]]]
+    if rows is not None:
+        known = [data[rows[:16]], *known]
+    known = torch.from_numpy(np.concatenate(known)).to(device)
+    return np.concatenate([images[:16], to_images(known, tokenizer)])
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -317,7 +441,8 @@ SETTINGS = {
     "num_images": (None, number(1), "in all (64); with --add or --mix in each row (8)"),
     "batch_size": (64, number(1), "of one process"),
     **SAMPLER,
-    "label": (None, number(0), "the label of all images (models with labels)"),
+    "label": (None, str, "the class of all images: a name in meta.json, or a number"),
+    "new": (False, bool, "snippets from the prior (fitted once, kept beside CKPT)"),
     "add": (None, {"nargs": "+", "metavar": "IMAGES"}, "files, folders: a row for each image"),
     "save_bank": (None, str, "with --add: the bank extended by their snippets"),
     "mix": (None, {"nargs": 2, "metavar": ("A", "B")}, "a row from A to B: images, or bank rows"),
@@ -343,12 +468,16 @@ def arguments():
     modes = [mode for mode in ("add", "mix", "audit") if getattr(args, mode) is not None]
     if len(modes) > 1:
         raise InputError("--add, --mix and --audit exclude each other")
+    if args.new:
+        modes.append("new")
+    if args.new and (args.add is not None or args.mix is not None):
+        raise InputError(f"--new and --{modes[0]} exclude each other: both say which snippets")
     if args.save_bank is not None and args.add is None:
         raise InputError("--save-bank goes with --add")
     if os.path.isdir(args.ckpt):
         args.ckpt = os.path.join(args.ckpt, "ckpt.pt")
     if args.out is None:
-        names = {"add": "added.png", "mix": "mixed.png", "audit": "audit.png"}
+        names = {"add": "added.png", "mix": "mixed.png", "audit": "audit.png", "new": "new.png"}
         name = names[modes[0]] if modes else "samples.png"
         args.out = os.path.join(os.path.dirname(args.ckpt), name)
     if os.path.splitext(args.out)[1] not in ("", ".png", ".npz"):
@@ -361,11 +490,12 @@ def arguments():
 def check(args, config):
     """InputError where a flag asks for something that this model does not have."""
     if not config.memory_dim:
-        for flag in ("add", "mix", "audit", "mask"):
+        for flag in ("add", "mix", "audit", "mask", "new"):
             if getattr(args, flag) not in (None, 0):
                 raise InputError(f"--{flag}: this model has no memory")
-    if args.label is not None and args.label >= config.num_classes:
-        raise InputError(f"--label {args.label}: this model has {config.num_classes} labels")
+    drawn = config.memory_dim and args.add is None and args.mix is None
+    if args.label is not None and not drawn and not config.num_classes:
+        raise InputError(f"--label {args.label}: nothing is drawn by label here")
     if args.cfg != 1 and not config.memory_dim and not config.num_classes:
         raise InputError(f"--cfg {args.cfg}: this model has neither memory nor labels to guide it")
 
@@ -418,9 +548,13 @@ def main():
     model, meta, bank_path = load_model(args, device)
     config = model.config
     check(args, config)
+    names = meta.get("classes", [])
     tokenizer = load_tokenizer(args.tokenizer or meta["settings"]["tokenizer"], device)
     size = config.input_size * tokenizer.factor
-    bank = load_bank(bank_path, model, meta) if config.memory_dim else None
+    prior_path = os.path.join(os.path.dirname(args.ckpt), "prior.pt")
+    bank = None
+    if needs_bank(args, config, bank_path, prior_path):
+        bank = load_bank(bank_path, model, meta)
 
     def encode(images):
         encoder = load_encoder(args.encoder or bank.encoder, device)
@@ -429,7 +563,7 @@ def main():
     # what is made: the images numbered ids, of snippets s and labels y
     n = args.num_images
     ids = range(n)
-    s = y = columns = None
+    rows = s = y = columns = None
     given = []
     if args.add is not None:  # a row for each image: its snippet, n noises
         given = read_images(args.add, size)
@@ -441,16 +575,21 @@ def main():
         s = mixed_snippets(args, bank, encode, size)
         ids = [0] * n
         columns = n
+    elif args.new:
+        if bank is not None and rank_world()[0] == 0:
+            keep_prior(prior_path, bank, device)
+        barrier()
+        s = new_snippets(args, ids, names, prior_path, config, device)
     elif bank is not None:
-        rows = draw_rows(ids, args.seed, len(bank))
+        rows = bank_rows(args, ids, names, bank)
         s = bank[rows]
     if config.num_classes:
-        y = labels_of(args, ids, config.num_classes)
+        y = labels_of(args, ids, names, config.num_classes)
     check_out(args.out, len(ids) + len(given))
     if args.save_bank is not None and rank_world()[0] == 0:
         extended.save(args.save_bank)
     if args.audit is not None:
-        data, held_out = audit_data(args, bank_path, bank, config, tokenizer, device)
+        data, held_out = audit_data(args, bank_path, bank, config, meta, tokenizer, device)
 
     if args.compile:
         model = torch.compile(model)
@@ -460,12 +599,8 @@ def main():
     if args.add is not None:  # each row begins with the image that was given
         images = images.reshape(-1, n, size, size, 3)
         images = np.concatenate([given[:, None], images], axis=1).reshape(-1, size, size, 3)
-    if args.audit is not None:  # below the first images those of their snippets, then the nearest
-        made = in_batches(tokenizer.encode, images, device)
-        near = audit(made, rows, data, stats_tensor(meta, "cpu"), held_out)
-        known = torch.from_numpy(np.concatenate([data[rows[:16]], data[near[:16]]]))
-        known = to_images(known.to(device), tokenizer)
-        images = np.concatenate([images[:16], known])
+    if args.audit is not None:
+        images = audit_images(images, rows, data, held_out, meta, tokenizer, device)
         columns = min(16, n)
     save_images(images, args.out, columns)
     shutil.rmtree(f"{args.out}.parts")
