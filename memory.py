@@ -444,15 +444,27 @@ def mix(a, b, alpha, method="slerp", generator=None):
     return F.normalize(torch.where(vanished, arc, mixed), dim=-1)
 
 
-def labels_or_null(bank):
-    """-> (N,) labels, for those that are missing the number behind the last one; how many there are"""
+def coefficients(bank, rows):
+    """-> (B, r) float32"""
+    return torch.from_numpy(bank.coef[rows] * bank.scale[rows, None])
+
+
+def new_prior(bank, rows):
+    """-> model.SnippetPrior, not fitted yet; the labels of all rows of the bank (N,), the null label
+    where there is none; rows: those that it will be fitted to"""
+    from model import SnippetPrior
+
     num_classes = 0
+    labels = np.zeros(len(bank), np.int64)
     if len(bank.labels) > 0:
         num_classes = int(bank.labels.max()) + 1
-    labels = np.full(len(bank), num_classes)
-    if num_classes > 0:
         labels = np.where(bank.labels < 0, num_classes, bank.labels)
-    return labels, num_classes
+    prior = SnippetPrior(bank.rank, num_classes)
+    some = coefficients(bank, rows[:100_000])
+    prior.mean.copy_(some.mean(0))
+    prior.std.copy_(some.std(0).clamp_min(1e-8))
+    prior.counts.copy_(torch.from_numpy(np.bincount(labels, minlength=num_classes + 1)))
+    return prior, labels
 
 
 def fit_prior(bank, steps=2000, batch_size=256, lr=2e-3, seed=0, device=None):
@@ -463,26 +475,19 @@ def fit_prior(bank, steps=2000, batch_size=256, lr=2e-3, seed=0, device=None):
     fit ends early once it has not become better for a quarter of the steps.
     It seeds torch's default generator. InputError for a bank of less than 10 rows.
     """
-    from model import SnippetPrior
-
     N = len(bank)
     if N < 10:
         raise InputError(f"a prior over {N} snippets: at least 10 are needed")
-    labels, num_classes = labels_or_null(bank)
-
-    def read(rows):
-        """-> coefficients (B, r) float32, labels (B,)"""
-        c = torch.from_numpy(bank.coef[rows] * bank.scale[rows, None])
-        return c.to(device), torch.from_numpy(labels[rows]).to(device)
-
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     held_out, rows = np.split(rng.permutation(N), [min(N // 10, BLOCK)])
-    prior = SnippetPrior(bank.rank, num_classes).to(device)
-    c, _ = read(rows[:100_000])
-    prior.mean.copy_(c.mean(0))
-    prior.std.copy_(c.std(0).clamp_min(1e-8))
-    prior.counts.copy_(torch.from_numpy(np.bincount(labels, minlength=num_classes + 1)))
+    prior, labels = new_prior(bank, rows)
+    prior.to(device)
+
+    def read(rows):
+        """-> coefficients (B, r), labels (B,)"""
+        return coefficients(bank, rows).to(device), torch.from_numpy(labels[rows]).to(device)
+
     ema = AveragedModel(prior, multi_avg_fn=get_ema_multi_avg_fn(0.995))
     optimizer = torch.optim.AdamW(prior.parameters(), lr, weight_decay=0, fused=True)
     schedule = OneCycleLR(optimizer, lr, steps, pct_start=0.05, anneal_strategy="linear")
@@ -499,7 +504,7 @@ def fit_prior(bank, steps=2000, batch_size=256, lr=2e-3, seed=0, device=None):
         z = torch.randn_like(c)
         t = torch.rand(batch_size, device=device)
         keep = torch.rand(batch_size, device=device) >= 0.1
-        loss = prior.loss(c, z, t, torch.where(keep, y, num_classes))
+        loss = prior.loss(c, z, t, torch.where(keep, y, prior.num_classes))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

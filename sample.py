@@ -285,24 +285,30 @@ def needs_bank(args, config, bank_path, prior_path):
 
 
 def keep_prior(path, bank, device):
-    """Writes the prior over a bank to path, if it is not there."""
-    if os.path.exists(path):
-        fitted_to = load_file(path, keys=("bank",))["bank"]
-        if fitted_to == bank.id:
-            return
+    """Sees to it that the prior over a bank is at path. One process fits it, the others wait."""
+    if rank_world()[0] == 0 and not is_prior_of(path, bank):
+        prior = fit_prior(bank, device=device)
+        kept = {
+            "prior": prior.state_dict(),
+            "rank": bank.rank,
+            "num_classes": prior.num_classes,
+            "bank": bank.id,
+            "mean": torch.tensor(bank.mean),
+            "basis": torch.tensor(bank.basis),
+        }
+        with atomic_write(path) as temporary:
+            torch.save(kept, temporary)
+        print(f"wrote {path}")
+    barrier()
+
+
+def is_prior_of(path, bank):
+    if not os.path.exists(path):
+        return False
+    fitted_to = load_file(path, keys=("bank",))["bank"]
+    if fitted_to != bank.id:
         print(f"{path} is of the bank {fitted_to}, not of {bank.id}: fitted again")
-    prior = fit_prior(bank, device=device)
-    kept = {
-        "prior": prior.state_dict(),
-        "rank": bank.rank,
-        "num_classes": prior.num_classes,
-        "bank": bank.id,
-        "mean": torch.tensor(bank.mean),
-        "basis": torch.tensor(bank.basis),
-    }
-    with atomic_write(path) as temporary:
-        torch.save(kept, temporary)
-    print(f"wrote {path}")
+    return fitted_to == bank.id
 
 
 def load_prior(path, config, device):
@@ -493,9 +499,11 @@ def check(args, config):
         for flag in ("add", "mix", "audit", "mask", "new"):
             if getattr(args, flag) not in (None, 0):
                 raise InputError(f"--{flag}: this model has no memory")
-    drawn = config.memory_dim and args.add is None and args.mix is None
-    if args.label is not None and not drawn and not config.num_classes:
-        raise InputError(f"--label {args.label}: nothing is drawn by label here")
+    if args.label is not None and not config.num_classes:
+        if not config.memory_dim:
+            raise InputError(f"--label {args.label}: this model has neither memory nor labels")
+        if args.add is not None or args.mix is not None:
+            raise InputError(f"--label {args.label}: the snippets of --add and --mix are given")
     if args.cfg != 1 and not config.memory_dim and not config.num_classes:
         raise InputError(f"--cfg {args.cfg}: this model has neither memory nor labels to guide it")
 
@@ -540,6 +548,13 @@ def make_images(args, model, meta, tokenizer, ids, s, y):
     return blocks.arrays["images.npy"]
 
 
+def rows_with_given(given, images):
+    """(R, H, W, 3) and R rows of images (R*n, H, W, 3) -> (R*(n+1), H, W, 3): each row begins with
+    the image that was given"""
+    rows = images.reshape(len(given), -1, *given.shape[1:])
+    return np.concatenate([given[:, None], rows], axis=1).reshape(-1, *given.shape[1:])
+
+
 def main():
     args = arguments()
     device = best_device(args.device)
@@ -548,7 +563,7 @@ def main():
     model, meta, bank_path = load_model(args, device)
     config = model.config
     check(args, config)
-    names = meta.get("classes", [])
+    names = meta.get("classes", [])  # of labels
     tokenizer = load_tokenizer(args.tokenizer or meta["settings"]["tokenizer"], device)
     size = config.input_size * tokenizer.factor
     prior_path = os.path.join(os.path.dirname(args.ckpt), "prior.pt")
@@ -576,9 +591,8 @@ def main():
         ids = [0] * n
         columns = n
     elif args.new:
-        if bank is not None and rank_world()[0] == 0:
+        if bank is not None:
             keep_prior(prior_path, bank, device)
-        barrier()
         s = new_snippets(args, ids, names, prior_path, config, device)
     elif bank is not None:
         rows = bank_rows(args, ids, names, bank)
@@ -596,9 +610,8 @@ def main():
     images = make_images(args, model, meta, tokenizer, ids, s, y)
     if rank_world()[0] > 0:
         return
-    if args.add is not None:  # each row begins with the image that was given
-        images = images.reshape(-1, n, size, size, 3)
-        images = np.concatenate([given[:, None], images], axis=1).reshape(-1, size, size, 3)
+    if args.add is not None:
+        images = rows_with_given(given, images)
     if args.audit is not None:
         images = audit_images(images, rows, data, held_out, meta, tokenizer, device)
         columns = min(16, n)
