@@ -467,7 +467,7 @@ def new_prior(bank, rows):
     return prior, labels
 
 
-def fit_prior(bank, steps=2000, batch_size=256, lr=2e-3, seed=0, device=None):
+def fit_prior(bank, steps=3000, batch_size=256, lr=2e-3, seed=0, device=None):
     """The distribution of a bank's snippets, by label where it has labels -> model.SnippetPrior
 
     A tenth of the rows (at most 4,096) is held out. What is returned is the moving average of the

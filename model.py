@@ -524,21 +524,6 @@ def guided(model, s=None, y=None, cfg=1.0, interval=(0.0, 1.0)):
 # ------------------------------------------------------------------------------ the snippets' prior
 
 
-class PriorBlock(nn.Module):
-    """A residual MLP, (B, w) -> (B, w); the condition (B, w) is added in its middle."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.fc1 = nn.Linear(width, width)
-        self.condition = nn.Linear(width, width)
-        self.fc2 = nn.Linear(width, width)
-
-    def forward(self, h, condition):
-        inner = self.fc1(self.norm(h)) + self.condition(condition)
-        return h + self.fc2(F.silu(inner))
-
-
 class SnippetPrior(nn.Module):
     """p(c), or p(c | label), of the r coefficients c of a snippet, by flow matching as above.
 
@@ -557,17 +542,21 @@ class SnippetPrior(nn.Module):
         self.c_embedder = nn.Linear(rank, width)
         self.t_embedder = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.y_embedder = nn.Embedding(num_classes + 1, width)
-        self.blocks = nn.ModuleList([PriorBlock(width) for _ in range(depth)])
+        self.blocks = nn.ModuleList()
+        for _ in range(depth):
+            fc1 = nn.Linear(width, width)
+            fc2 = nn.Linear(width, width)
+            self.blocks.append(nn.Sequential(nn.LayerNorm(width), fc1, nn.SiLU(), fc2))
         self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, rank))
 
     def forward(self, c, t, y=None):
         """c (B, r) at times t (B,), labels y (B,) or None: the null label -> velocity (B, r)"""
         if y is None:
             y = torch.full((len(c),), self.num_classes, device=c.device)
-        condition = F.silu(self.t_embedder(timestep_embedding(1000 * t)) + self.y_embedder(y))
-        h = self.c_embedder(c)
+        t = self.t_embedder(timestep_embedding(1000 * t))
+        h = self.c_embedder(c) + t + self.y_embedder(y)  # (B, width)
         for block in self.blocks:
-            h = block(h, condition)
+            h = h + block(h)
         return self.out(h)
 
     def loss(self, c, z, t, y=None):
