@@ -37,7 +37,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import LinearLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -490,12 +490,13 @@ def fit_prior(bank, steps=3000, batch_size=256, lr=2e-3, seed=0, device=None):
 
     ema = AveragedModel(prior, multi_avg_fn=get_ema_multi_avg_fn(0.995))
     optimizer = torch.optim.AdamW(prior.parameters(), lr, weight_decay=0, fused=True)
-    schedule = OneCycleLR(optimizer, lr, steps, pct_start=0.05, anneal_strategy="linear")
+    schedule = LinearLR(optimizer, 1, 0, steps)
 
     # each held-out row several times, with other noise
     held_c, held_y = read(np.resize(held_out, BLOCK))
     held_z = torch.randn_like(held_c)
     held_t = torch.rand(BLOCK, device=device)
+    best = copy.deepcopy(ema.module)
     best_loss = float("inf")
     best_step = 0
     bar = tqdm(range(1, steps + 1), "fitting the prior", unit="step")

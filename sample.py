@@ -224,7 +224,7 @@ def read_images(paths, size):
 
 def snippet_at(end, bank, encode, size):
     """An end of --mix, an image file or the number of a bank row -> its snippet (D,)"""
-    if os.path.exists(end) or not end.lstrip("-").isdigit():
+    if os.path.exists(end) or not end.lstrip("-").isdecimal():
         images = read_images([end], size)
         if len(images) > 1:
             raise InputError(f"--mix {end} holds {len(images)} images, expected one")
@@ -242,36 +242,45 @@ def mixed_snippets(args, bank, encode, size):
     return mix(a, b, alpha, args.mix_method, torch.Generator().manual_seed(args.seed))
 
 
-def label_number(label, names, count):
-    """--label, the name of a class or its number -> its number, of count"""
+def label_number(label, names, counts):
+    """--label, the name of a class or its number (None: any) -> its number
+
+    counts  how many snippets there are of each class"""
     if label is None:
         return None
+    if len(counts) == 0:
+        raise InputError(f"--label {label}: the bank has no labels")
+    number = -1
     if label in names:
-        return names.index(label)
-    if label.isdigit() and int(label) < count:
-        return int(label)
-    classes = ", ".join(names) if names else f"0 to {count - 1}"
-    raise InputError(f"--label {label} is no class; there are {count}: {classes}")
+        number = names.index(label)
+    elif label.isdecimal():
+        number = int(label)
+    if not 0 <= number < len(counts) or counts[number] == 0:
+        known = [name for name, count in zip(names, counts) if count > 0]
+        classes = ", ".join(known) or f"0 to {len(counts) - 1}"
+        raise InputError(f"--label {label}: no such class; there are {classes}")
+    return number
 
 
-def labels_of(args, ids, names, count):
+def class_counts(bank):
+    """-> how many rows each class has; empty without labels"""
+    return np.bincount(bank.labels[bank.labels >= 0])
+
+
+def labels_of(args, ids, names, num_classes):
     """The labels of images (B,): --label for all, or drawn at random."""
-    label = label_number(args.label, names, count)
+    label = label_number(args.label, names, [1] * num_classes)
     if label is not None:
         return torch.full((len(ids),), label)
-    return draw_rows(ids, args.seed, count)
+    return draw_rows(ids, args.seed, num_classes)
 
 
 def bank_rows(args, ids, names, bank):
     """-> the row of the bank whose snippet each image is made of (B,); with --label, of that class"""
-    if args.label is None:
+    label = label_number(args.label, names, class_counts(bank))
+    if label is None:
         return draw_rows(ids, args.seed, len(bank))
-    if len(bank.labels) == 0:
-        raise InputError(f"--label {args.label}: the bank has no labels")
-    label = label_number(args.label, names, int(bank.labels.max()) + 1)
     rows = np.flatnonzero(bank.labels == label)
-    if len(rows) == 0:
-        raise InputError(f"--label {args.label}: no snippet of the bank is of this class")
     return torch.from_numpy(rows)[draw_rows(ids, args.seed, len(rows))]
 
 
@@ -322,17 +331,19 @@ def load_prior(path, config, device):
     return prior.to(device).eval(), kept["mean"].to(device), kept["basis"].to(device)
 
 
-def new_snippets(args, ids, names, path, config, device):
-    """Snippets (B, D) that belong to no training image, drawn from the prior in a file."""
+def new_snippets(args, ids, names, bank, path, config, device):
+    """Snippets (B, D) that belong to no training image, drawn from the prior at path; of a bank, or
+    None: of whatever bank it was fitted to."""
+    if bank is not None:
+        label_number(args.label, names, class_counts(bank))  # an error, rather now than later
+        keep_prior(path, bank, device)
     prior, mean, basis = load_prior(path, config, device)
-    if args.label is not None and prior.num_classes == 0:
-        raise InputError(f"--label {args.label}: the bank of {path} had no labels")
-    if args.label is None:  # a label as often as in the bank
+    label = label_number(args.label, names, prior.counts[:-1])
+    if label is None:  # each as often as in the bank
         up_to = prior.counts.cumsum(0)
         row = draw_rows(ids, args.seed, int(up_to[-1])).to(device)
         labels = torch.searchsorted(up_to, row, right=True)
     else:
-        label = label_number(args.label, names, prior.num_classes)
         labels = torch.full((len(ids),), label, device=device)
 
     parts = []
@@ -369,8 +380,10 @@ def audit_data(args, bank_path, bank, config, meta, tokenizer, device):
 
 
 def flat_latents(latents, stats):
-    """As the model sees them, (B, n) float32"""
-    return normalize_latents(torch.from_numpy(np.array(latents)), stats).flatten(1)
+    """Latents as they are stored, an array or a tensor -> as the model sees them, (B, n) float32"""
+    if not torch.is_tensor(latents):
+        latents = torch.from_numpy(np.array(latents))  # a copy, as files are mapped read-only
+    return normalize_latents(latents, stats).flatten(1)
 
 
 def nearest_latents(x, data, stats):
@@ -591,9 +604,7 @@ def main():
         ids = [0] * n
         columns = n
     elif args.new:
-        if bank is not None:
-            keep_prior(prior_path, bank, device)
-        s = new_snippets(args, ids, names, prior_path, config, device)
+        s = new_snippets(args, ids, names, bank, prior_path, config, device)
     elif bank is not None:
         rows = bank_rows(args, ids, names, bank)
         s = bank[rows]
@@ -604,7 +615,6 @@ def main():
         extended.save(args.save_bank)
     if args.audit is not None:
         data, held_out = audit_data(args, bank_path, bank, config, meta, tokenizer, device)
-
     if args.compile:
         model = torch.compile(model)
     images = make_images(args, model, meta, tokenizer, ids, s, y)

@@ -20,6 +20,7 @@ import time
 import tracemalloc
 import zipfile
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,7 @@ from model import (
     InputError,
     SiT,
     SiTConfig,
+    SnippetPrior,
     SwiGLU,
     dinov2_features,
     flow_loss,
@@ -1406,6 +1408,70 @@ def test_guidance_by_1_costs_nothing():
 
 # ---------------------------------------------------------------------------------- copied alone
 
+# ---------------------------------------------------------------------------------- the prior
+
+
+def random_prior():
+    """A small prior of two classes with random weights, and a mean and std that are not 0 and 1."""
+    prior = randomised(SnippetPrior(3, num_classes=2, width=16, depth=2))
+    prior.mean.copy_(torch.tensor([5.0, -2.0, 0.5]))
+    prior.std.copy_(torch.tensor([0.1, 2.0, 7.0]))
+    return prior
+
+
+def heun_sample(prior, z, y, steps):
+    """c = mean + std x of Heun's method for dx = v dt from z; its last step is one of Euler."""
+    x = z
+    dt = 1 / steps
+    for i in range(steps):
+        t = torch.full((len(x),), i * dt)
+        v = prior(x, t, y)
+        if i < steps - 1:
+            v = (v + prior(x + dt * v, t + dt, y)) / 2
+        x = x + dt * v
+    return prior.mean + prior.std * x
+
+
+@torch.no_grad()
+def test_a_prior_samples_by_heun_and_undoes_its_standardisation():
+    prior = random_prior()
+    z = torch.randn(4, 3)
+    y = torch.tensor([0, 1, 2, 0])
+    torch.testing.assert_close(prior.sample(z, y, steps=7), heun_sample(prior, z, y, steps=7))
+
+
+@torch.no_grad()
+def test_the_loss_of_a_prior_is_the_error_of_the_velocity_of_standardised_coefficients():
+    prior = random_prior()
+    c = prior.mean + prior.std * torch.randn(4, 3)
+    z = torch.randn(4, 3)
+    t = torch.rand(4)
+    y = torch.tensor([0, 1, 2, 0])
+    x = (c - prior.mean) / prior.std
+    x_t = (1 - t[:, None]) * z + t[:, None] * x
+    want = (prior(x_t, t, y) - (x - z)).square().mean()
+    torch.testing.assert_close(prior.loss(c, z, t, y), want)
+
+
+@torch.no_grad()
+def test_no_label_is_the_null_label_of_a_prior():
+    prior = random_prior()
+    c = torch.randn(4, 3)
+    t = torch.rand(4)
+    null = torch.full((4,), 2)
+    assert torch.equal(prior(c, t), prior(c, t, null))
+    assert torch.equal(prior.sample(c), prior.sample(c, null))
+
+
+@torch.no_grad()
+def test_the_labels_of_a_prior_matter():
+    prior = random_prior()
+    z = torch.randn(4, 3)
+    samples = [prior.sample(z, torch.full((4,), label)) for label in range(3)]
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert (samples[a] - samples[b]).abs().max() > 0.01
+
+
 USE_OF_MODEL_ALONE = """
 import os
 import torch
@@ -2409,6 +2475,220 @@ def test_the_command_makes_a_bank_of_features_when_memory_py_is_copied_alone():
     text = run_alone(["memory.py", "--features", "f.npy", "--out", "bank.pt"])
     assert "bank.pt: N 100, D 32, rank 32" in text
     assert (cosine(MemoryBank.load("bank.pt")[:], f) > 0.999).all()
+
+
+# ---------------------------------------------------------------------------- the prior of a bank
+
+
+def bank_of(coef, labels=()):
+    """A bank whose coefficients are these numbers (N, r), in the directions of the axes."""
+    N, r = coef.shape
+    return MemoryBank(
+        mean=np.zeros(r, np.float32),
+        basis=np.eye(r, dtype=np.float32),
+        coef=np.array(coef, np.float32),
+        scale=np.ones(N, np.float32),
+        labels=np.array(labels, np.int64),
+        energy=1.0,
+        encoder="axes",
+    )
+
+
+def fit_small(bank, prior=SnippetPrior, width=64, **options):
+    """fit_prior, with a smaller network, to save time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_file, "SnippetPrior", partial(prior, width=width, depth=2))
+        return memory.fit_prior(bank, **options)
+
+
+def assert_law(samples, mean, covariance, tolerance):
+    """The samples (N, r), whitened by this law, have about the mean 0 and the covariance I."""
+    root = np.linalg.cholesky(covariance)
+    white = np.linalg.solve(root, (samples.numpy() - mean).T)
+    assert np.abs(white.mean(1)).max() < tolerance
+    assert np.abs(np.cov(white) - np.eye(len(mean))).max() < tolerance
+
+
+PARTS = np.array([0.25, 0.25, 0.5])  # of three Gaussians: how often, their means, their roots
+MEANS = 0.5 + 0.1 * np.array([[3, 0, 1], [-3, 1, 0], [0, -3, -1]])
+ROOTS = 0.1 * np.array(
+    [
+        [[1.0, 0, 0], [0.7, 1, 0], [0, 0, 0.5]],
+        [[0.5, 0, 0], [0, 1.4, 0], [0.5, 0, 1]],
+        [[1.0, 0, 0], [0, 0.5, 0], [0, 0.4, 1]],
+    ]
+)
+COVARIANCES = ROOTS @ ROOTS.transpose(0, 2, 1)
+
+
+@pytest.fixture(scope="module")
+def mixture_prior():
+    """A prior of a bank of three Gaussians, which are its labels."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 2], (4000 * PARTS).astype(int))
+    noise = rng.normal(size=(4000, 3, 1))
+    coef = MEANS[labels] + (ROOTS[labels] @ noise)[:, :, 0]
+    return fit_small(bank_of(coef, labels), steps=900, batch_size=128, lr=1e-2)
+
+
+def drawn_from(prior, label=None):
+    """2,000 samples of a prior."""
+    z = torch.randn(2000, prior.rank, generator=torch.Generator().manual_seed(1))
+    y = None
+    if label is not None:
+        y = torch.full((2000,), label)
+    return prior.sample(z, y, steps=20)
+
+
+@pytest.mark.parametrize("label", [0, 1, 2])
+def test_the_prior_reaches_the_gaussian_of_each_label(mixture_prior, label):
+    assert_law(drawn_from(mixture_prior, label), MEANS[label], COVARIANCES[label], 0.4)
+
+
+def test_the_prior_without_a_label_has_the_moments_of_the_whole_mixture(mixture_prior):
+    mean = PARTS @ MEANS
+    covariance = np.zeros((3, 3))
+    for part, own_mean, own_covariance in zip(PARTS, MEANS, COVARIANCES):
+        covariance += part * (own_covariance + np.outer(own_mean - mean, own_mean - mean))
+    assert_law(drawn_from(mixture_prior), mean, covariance, 0.4)
+
+
+def test_the_prior_of_a_bank_without_labels_reaches_its_gaussian():
+    noise = np.random.default_rng(0).normal(size=(2000, 3))
+    prior = fit_small(bank_of(MEANS[0] + noise @ ROOTS[0].T), steps=300, batch_size=128, lr=5e-3)
+    assert prior.num_classes == 0
+    assert_law(drawn_from(prior), MEANS[0], COVARIANCES[0], 0.3)
+
+
+@pytest.fixture(scope="module")
+def overfit():
+    """Fits to 60 rows of 8 numbers, for many steps -> the losses, on rows that nobody fitted, of the
+    averaged weights every 100 steps; the same of the prior that is returned; what was printed."""
+    rng = np.random.default_rng(0)
+    bank = bank_of(rng.normal(size=(60, 8)))
+    c, z = torch.from_numpy(rng.normal(size=(2, 2000, 8))).float()
+    t = torch.from_numpy(rng.random(2000)).float()
+    options = {"width": 128, "steps": 700, "batch_size": 64, "lr": 1e-2}
+    curve = []
+
+    class Unselected(SnippetPrior):
+        """The loss on held-out rows becomes better and better, it says."""
+
+        def loss(self, *batch):
+            if torch.is_grad_enabled():
+                return super().loss(*batch)
+            curve.append(super().loss(c, z, t).item())
+            return torch.tensor(-1.0 * len(curve))
+
+    fit_small(bank, Unselected, **options)
+    with redirect_stdout(io.StringIO()) as text:
+        prior = fit_small(bank, **options)
+    with torch.no_grad():
+        returned = prior.loss(c, z, t).item()
+    return argparse.Namespace(curve=curve, returned=returned, text=text.getvalue())
+
+
+def test_without_held_out_rows_the_prior_would_overfit(overfit):
+    assert len(overfit.curve) == 7
+    assert overfit.curve[-1] > min(overfit.curve) + 0.1
+
+
+def test_the_prior_is_about_the_best_of_its_fit_on_rows_that_nobody_fitted(overfit):
+    assert overfit.returned < min(overfit.curve) + 0.05
+    assert overfit.returned < overfit.curve[-1] - 0.1
+
+
+def test_the_fit_ends_early_and_says_which_step_was_the_best(overfit):
+    best, last = re.search(r"after (\d+) steps, of (\d+)", overfit.text).groups()
+    assert int(best) < int(last) < 700
+    assert overfit.returned == pytest.approx(overfit.curve[int(best) // 100 - 1], abs=1e-4)
+
+
+def noted_fit(bank, steps):
+    """-> the prior, and the coefficients and labels of the batches that were fitted, and of the
+    batch that was held out"""
+    fitted = []
+    held_out = []
+
+    class Noted(SnippetPrior):
+        def loss(self, c, z, t, y):
+            batches = fitted if torch.is_grad_enabled() else held_out
+            batches.append((c, y))
+            return super().loss(c, z, t, y)
+
+    prior = fit_small(bank, Noted, steps=steps, batch_size=64)
+    c, y = zip(*fitted)
+    return prior, torch.cat(c), torch.cat(y), held_out[0]
+
+
+def numbered_rows(n):
+    """Coefficients (n, 2), the first of which is the row's number."""
+    return np.stack([np.arange(n), np.arange(n) ** 2 / n], axis=1)
+
+
+def test_a_tenth_of_the_rows_is_held_out_from_the_fit():
+    _, c, _, (held_out, _) = noted_fit(bank_of(numbered_rows(50)), steps=30)
+    held_out = held_out[:, 0].unique().tolist()
+    assert len(held_out) == 5
+    assert c[:, 0].unique().tolist() == sorted(set(range(50)) - set(held_out))
+
+
+def test_mean_and_std_of_a_prior_are_those_of_the_rows_it_is_fitted_to():
+    prior, c, _, _ = noted_fit(bank_of(numbered_rows(50)), steps=30)
+    rows = c.unique(dim=0)
+    torch.testing.assert_close(prior.mean, rows.mean(0))
+    torch.testing.assert_close(prior.std, rows.std(0))
+
+
+def test_coefficients_of_an_int8_bank_are_scaled():
+    bank = MemoryBank.build(features(50, 16), 4)
+    _, c, _, (held_out, _) = noted_fit(bank, steps=30)
+    rows = torch.cat([c, held_out]).unique(dim=0)
+    want = torch.from_numpy(bank.coef.astype(np.float32) * bank.scale[:, None])
+    torch.testing.assert_close(rows, want.unique(dim=0))
+
+
+def test_the_counts_of_a_prior_are_those_of_the_labels_and_last_of_rows_without_one():
+    labels = [0] * 3 + [2] * 6 + [-1] * 4
+    prior = fit_small(bank_of(numbered_rows(13), labels), steps=1)
+    assert prior.num_classes == 3
+    assert prior.counts.tolist() == [3, 0, 6, 4]
+
+
+def test_the_count_of_a_bank_without_labels_is_that_of_the_null_label():
+    assert fit_small(bank_of(numbered_rows(13)), steps=1).counts.tolist() == [13]
+
+
+def test_rows_are_fitted_under_their_label_and_a_tenth_of_them_under_the_null_label():
+    labels = np.arange(40) % 4 - 1  # -1, 0, 1, 2
+    _, c, y, _ = noted_fit(bank_of(numbered_rows(40), labels), steps=40)
+    own = torch.from_numpy(labels)[c[:, 0].long()]
+    assert (y[own == -1] == 3).all()
+    labelled = own >= 0
+    dropped = y[labelled] == 3
+    assert (y[labelled][~dropped] == own[labelled][~dropped]).all()
+    assert dropped.float().mean().item() == pytest.approx(0.1, abs=0.03)
+
+
+def test_a_fit_is_repeatable():
+    bank = bank_of(numbered_rows(40), np.arange(40) % 2)
+    first = fit_small(bank, steps=10, seed=3).state_dict()
+    torch.manual_seed(7)
+    again = fit_small(bank, steps=10, seed=3).state_dict()
+    torch.testing.assert_close(first, again, rtol=0, atol=0)
+
+
+def test_a_fit_depends_on_its_seed():
+    bank = bank_of(numbered_rows(40))
+    first = fit_small(bank, steps=10, seed=3)
+    other = fit_small(bank, steps=10, seed=4)
+    assert not torch.equal(first.out[1].weight, other.out[1].weight)
+
+
+def test_a_prior_of_less_than_10_rows_is_refused():
+    bank = bank_of(numbered_rows(9))
+    refused("a prior over 9 snippets: at least 10", memory.fit_prior, bank, error=memory.InputError)
+    fit_small(bank_of(numbered_rows(10)), steps=1)
 
 
 # ---------------------------------------------------------------------------- glyphs
@@ -4866,6 +5146,24 @@ def test_audit_shows_three_rows_of_images(audited):
     assert Image.open(audited / "audit.png").size == (16 * 64, 3 * 64)
 
 
+def test_audit_of_a_training_on_glyphs_holds_out_those_of_another_seed(letters):
+    text = run(f"sample.py --ckpt {letters}/o --steps 1 --device cpu --num-images 12 --audit")
+    data = np.load(letters / "o/data/latents.npy").reshape(1300, -1) / 127.5 - 1
+    fresh, _ = glyphs(n=12, size=32, seed=1)
+    fresh = fresh.transpose(0, 3, 1, 2).reshape(12, -1) / 127.5 - 1
+    nearest = []
+    for image in fresh:
+        nearest.append(np.sqrt(((data - image) ** 2).mean(1)).min())
+    held_out = medians(text)["held-out image to the nearest training image"]
+    assert held_out == pytest.approx(np.sort(nearest)[5], abs=2e-3)  # torch's: the lower of the two
+
+
+def test_audit_without_images_of_a_training_on_images_holds_out_none(sampled):
+    text = run(f"sample.py --ckpt {sampled}/out --steps 1 --num-images 4 --out a.png --audit")
+    assert len(medians(text)) == 3
+    assert "held-out" not in text
+
+
 def test_float32_is_the_default_on_a_cpu_and_bfloat16_differs_by_rounding(letters):
     command = f"sample.py --ckpt {letters}/o --num-images 4 --steps 4 --device cpu"
     run(f"{command} --out default.npz")
@@ -4876,6 +5174,231 @@ def test_float32_is_the_default_on_a_cpu_and_bfloat16_differs_by_rounding(letter
     difference = np.abs(images_of("bfloat16.npz") - exact)
     assert difference.max() > 0
     assert difference.mean() < 1
+
+
+# ------------------------------------------------------------------------- new snippets, and classes
+
+CLASSES = ["class0", "class1"]
+FEW = "--num-images 6 --steps 2 --device cpu --seed 5"
+
+
+def shorten_fits(patch, steps=30):
+    """sample.py fits its priors for a few steps."""
+    patch.setattr(sample, "fit_prior", partial(memory.fit_prior, steps=steps, batch_size=32))
+
+
+def forbid_fits(patch):
+    """sample.py fails where it fits a prior."""
+    patch.setattr(sample, "fit_prior", None)
+
+
+@pytest.fixture(scope="session")
+def new(sampled, tmp_path_factory):
+    """A folder with a copy of the training in `sampled`, out, which has got a prior; with six images
+    of new snippets, a.npz, made in batches of 4, and with what was printed, new.txt."""
+    folder = tmp_path_factory.mktemp("new")
+    shutil.copytree(sampled / "out", folder / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        shorten_fits(patch)
+        text = run(f"sample.py --ckpt {folder}/out --new {FEW} --batch-size 4 --out {folder}/a.npz")
+    (folder / "new.txt").write_text(text)
+    return folder
+
+
+def new_snippets_of(folder, ids, label=None, seed=5):
+    """The new snippets of the training in `new`."""
+    args = argparse.Namespace(seed=seed, label=label)
+    config = load_sit(f"{folder}/out/ckpt.pt").config
+    prior = f"{folder}/out/prior.pt"
+    return sample.new_snippets(args, ids, CLASSES, None, prior, config, torch.device("cpu"))
+
+
+class NotedPrior(SnippetPrior):
+    """A prior that keeps the labels it is asked for, and samples nothing but noise."""
+
+    asked = None
+
+    def sample(self, noise, y=None, steps=40):
+        NotedPrior.asked.append(y)
+        return noise
+
+
+def asked_labels(monkeypatch, counts, ids, label=None):
+    """The labels that new_snippets asks a prior for, of a bank with so many rows of each label; the
+    classes are named a, b, c and so on, and the last count is of rows without a label."""
+    num_classes = len(counts) - 1
+    prior = SnippetPrior(2, num_classes)
+    prior.counts.copy_(torch.tensor(counts))
+    kept = {"prior": prior.state_dict(), "rank": 2, "num_classes": num_classes, "bank": "0"}
+    torch.save({**kept, "mean": torch.ones(3), "basis": torch.eye(3)[:2]}, "prior.pt")
+    monkeypatch.setattr(sample, "SnippetPrior", NotedPrior)
+    NotedPrior.asked = []
+    args = argparse.Namespace(seed=0, label=label)
+    config = SiTConfig(memory_dim=3)
+    names = list("abcdefgh"[:num_classes])
+    sample.new_snippets(args, ids, names, None, "prior.pt", config, torch.device("cpu"))
+    return torch.cat(NotedPrior.asked)
+
+
+def test_the_first_new_images_write_the_prior_beside_the_checkpoint_and_say_so(new):
+    text = (new / "new.txt").read_text()
+    assert "prior: held-out loss" in text
+    assert f"wrote {new}/out/prior.pt" in text
+
+
+def test_new_images_are_different_ones(new):
+    images = images_of(new / "a.npz")
+    assert len(np.unique(images.reshape(6, -1), axis=0)) == 6
+
+
+def test_new_images_again_use_the_prior_that_is_there(new, monkeypatch):
+    forbid_fits(monkeypatch)
+    before = files_below(new / "out")
+    text = run(f"sample.py --ckpt {new}/out --new {FEW} --batch-size 4 --out again.npz")
+    assert "prior" not in text
+    assert files_below(new / "out") == before
+    assert (images_of("again.npz") == images_of(new / "a.npz")).all()
+
+
+def test_a_new_image_depends_on_neither_batch_size_nor_number_nor_processes(new):
+    more = FEW.replace("--num-images 6", "--num-images 9")
+    run(f"sample.py --ckpt {new}/out --new {more} --batch-size 2 --out more.npz", processes=2)
+    difference = images_of("more.npz")[:6] - images_of(new / "a.npz")
+    assert np.abs(difference).max() <= 1  # rounding
+
+
+def test_new_images_depend_on_the_seed(new):
+    s = new_snippets_of(new, range(4), seed=5)
+    other = new_snippets_of(new, range(4), seed=6)
+    assert ((s - other).abs().amax(1) > 0.01).all()
+
+
+def test_checkpoint_and_prior_alone_make_the_same_new_images(new):
+    os.mkdir("alone")
+    for name in ("ckpt.pt", "prior.pt"):
+        shutil.copy(new / "out" / name, "alone")
+    run(f"sample.py --ckpt alone --new {FEW} --batch-size 4 --out alone.npz")
+    assert (images_of("alone.npz") == images_of(new / "a.npz")).all()
+    assert sorted(os.listdir("alone")) == ["ckpt.pt", "prior.pt"]
+
+
+def test_the_prior_of_another_bank_is_fitted_again_and_that_is_said(new, monkeypatch):
+    shorten_fits(monkeypatch, steps=2)
+    shutil.copytree(new / "out", "out")
+    was = load("out/prior.pt")["bank"]
+    bank = MemoryBank.build(features(30, 768), 8, encoder="thumbnail")
+    bank.save("other.pt")
+    text = run("sample.py --ckpt out --new --bank other.pt --num-images 1 --steps 1 --out a.png")
+    assert f"out/prior.pt is of the bank {was}, not of {bank.id}: fitted again" in text
+    assert "wrote out/prior.pt" in text
+    assert load("out/prior.pt")["bank"] == bank.id
+
+
+def test_new_images_are_those_that_generate_makes_of_the_new_snippets(new):
+    checkpoint = load(new / "out/ckpt.pt")
+    x = generate(load_sit(checkpoint), range(6), new_snippets_of(new, range(6)), seed=5, steps=2)
+    assert np.abs(images_of(new / "a.npz") - images_by(checkpoint, x)).max() <= 1  # rounding
+
+
+def test_a_new_snippet_is_what_the_prior_makes_of_the_noise_of_its_number(new):
+    bank = MemoryBank.load(new / "out/data/bank.pt")
+    kept = load(new / "out/prior.pt")
+    prior = SnippetPrior(bank.rank, num_classes=2)
+    prior.load_state_dict(kept["prior"])
+    for i in (0, 3):
+        seed = np.random.SeedSequence([3, 5, i]).generate_state(1, np.uint64)[0]
+        z = torch.randn(bank.rank, generator=torch.Generator().manual_seed(int(seed)))
+        c = prior.sample(z[None], torch.tensor([1]))[0]
+        s = torch.tensor(bank.mean) + c @ torch.tensor(bank.basis)
+        got = new_snippets_of(new, [i], label="class1")[0]
+        torch.testing.assert_close(got, s / s.norm(), rtol=1e-4, atol=1e-5)
+
+
+def test_new_snippets_are_no_rows_of_the_bank(new):
+    bank = MemoryBank.load(new / "out/data/bank.pt")
+    cosine, _ = bank.nearest(bank[:5])
+    assert cosine.min() > 0.9999
+    cosine, _ = bank.nearest(new_snippets_of(new, range(100)))
+    assert cosine.max() < 0.999
+
+
+def test_the_labels_of_new_snippets_come_as_often_as_those_of_the_bank(monkeypatch):
+    labels = asked_labels(monkeypatch, [1, 0, 3, 5, 1], range(3000))
+    often = torch.bincount(labels, minlength=5) / 3000
+    assert often[1] == 0
+    assert (often - torch.tensor([0.1, 0.0, 0.3, 0.5, 0.1])).abs().max() < 0.03
+
+
+def test_the_new_snippets_of_a_bank_without_labels_have_the_null_label(monkeypatch):
+    assert asked_labels(monkeypatch, [7], range(5)).tolist() == [0] * 5
+
+
+@pytest.mark.parametrize("label", ["b", "1"])
+def test_label_asks_the_prior_for_a_class_by_name_or_number(monkeypatch, label):
+    assert asked_labels(monkeypatch, [1, 1, 1, 0], range(5), label).tolist() == [1] * 5
+
+
+def test_new_images_of_a_class_are_not_those_of_another(new):
+    run(f"sample.py --ckpt {new}/out --new {FEW} --label class1 --out name.npz")
+    run(f"sample.py --ckpt {new}/out --new {FEW} --label 1 --out number.npz")
+    run(f"sample.py --ckpt {new}/out --new {FEW} --label 0 --out other.npz")
+    images = images_of("name.npz")
+    assert (images_of("number.npz") == images).all()
+    assert (images_of("other.npz") != images).any((1, 2, 3)).all()
+
+
+def test_a_label_of_new_snippets_is_refused_where_the_bank_had_none(monkeypatch):
+    message = "--label 0: the bank has no labels"
+    refused(message, asked_labels, monkeypatch, [7], range(5), "0", error=memory.InputError)
+
+
+def test_the_prior_of_snippets_of_another_length_is_refused(new):
+    for name in ("ckpt.pt", "prior.pt"):
+        shutil.copy(new / "out" / name, ".")
+    kept = load("prior.pt")
+    torch.save({**kept, "mean": kept["mean"][:80]}, "prior.pt")
+    line = run("sample.py --ckpt ckpt.pt --new --out out", fails=True)
+    assert "prior.pt is of snippets of 80 numbers, not 768" in line
+
+
+def test_audit_of_new_images_knows_no_image_of_their_snippet(new):
+    folder_of_images("held-out", 12, 16)
+    text = run(f"sample.py --ckpt {new}/out --new {FEW} --out a.png --audit held-out")
+    assert set(medians(text)) == {
+        "generated image to the nearest training image",
+        "training image to the nearest other one",
+        "held-out image to the nearest training image",
+    }
+    assert "image of its snippet" not in text
+    assert Image.open("a.png").size == (6 * 64, 2 * 64)  # the images, below them the nearest
+
+
+@pytest.mark.parametrize("label", ["class1", "1"])
+def test_rows_of_a_label_are_all_of_this_class_and_no_others(label):
+    labels = np.arange(30) % 3
+    bank = MemoryBank.build(features(30, 16), 4, labels=labels)
+    args = argparse.Namespace(seed=0, label=label)
+    rows = sample.bank_rows(args, range(300), ["class0", "class1", "class2"], bank)
+    assert rows.shape == (300,)
+    assert sorted(set(rows.tolist())) == np.flatnonzero(labels == 1).tolist()
+
+
+def test_a_class_without_a_row_in_the_bank_is_refused():
+    bank = MemoryBank.build(features(30, 16), 4, labels=np.arange(30) % 2 * 2)
+    args = argparse.Namespace(seed=0, label="b")
+    message = "--label b: no such class; there are a, c"
+    refused(message, sample.bank_rows, args, range(3), list("abc"), bank, error=memory.InputError)
+
+
+@pytest.mark.parametrize("label", ["class1", "1"])
+def test_images_of_a_class_are_made_of_the_snippets_of_its_rows(sampled, label):
+    run(f"sample.py --ckpt {sampled}/out {FEW} --label {label} --out a.npz")
+    checkpoint = load(sampled / "out/ckpt.pt")
+    bank = MemoryBank.load(sampled / "out/data/bank.pt")
+    of_class = np.flatnonzero(bank.labels == 1)
+    rows = of_class[draw_rows(range(6), 5, len(of_class))]
+    x = generate(load_sit(checkpoint), range(6), bank[rows], seed=5, steps=2)
+    assert np.abs(images_of("a.npz") - images_by(checkpoint, x)).max() <= 1  # rounding
 
 
 # ---------------------------------------------------------------------------------------- bad input
@@ -4908,6 +5431,7 @@ def with_bad_files(trained, baselines, tmp_path_factory):
     torch.save(nn.Linear(2, 2), folder / "x.pt")  # a class, which weights_only refuses
     MemoryBank.build(features(70, 80), 4).save(folder / "bank.pt")
     MemoryBank.build(features(70, 768), 4, encoder="another").save(folder / "another.pt")
+    MemoryBank.build(features(70, 768), 4, encoder="thumbnail").save(folder / "unlabelled.pt")
     shutil.copytree(baselines / "none", folder / "none")
     shutil.copytree(baselines / "class", folder / "class")
     run(
@@ -4965,6 +5489,8 @@ BAD_SAMPLE = {
     "--ckpt ok --out out --num-images 0": "--num-images: 0 is not in",
     "--ckpt ok --out out --cfg nan": "--cfg: nan is not in",
     "--ckpt ok --out out --add images --audit": "exclude each other",
+    "--ckpt ok --out out --new --add images": "--new and --add exclude each other",
+    "--ckpt ok --out out --new --mix 0 1": "--new and --mix exclude each other",
     "--ckpt ok --out out --method heunn": "--method: invalid choice: 'heunn'",
     "--out out": "--ckpt",
     # of checkpoints and banks
@@ -4975,9 +5501,17 @@ BAD_SAMPLE = {
     "--ckpt ok --out out --bank bank.pt": "have 80 numbers, not 768",
     "--ckpt ok --out out --bank another.pt": "of another, the model was trained on thumbnail",
     # of what the model has
-    "--ckpt ok --out out --label 1": "--label 1: this model has 0 labels",
-    "--ckpt class --out out --label 2": "--label 2: this model has 2 labels",
-    "--ckpt none --out out --label 0": "--label 0: this model has 0 labels",
+    "--ckpt ok --out out --label 2": "--label 2: no such class; there are class0, class1",
+    "--ckpt ok --out out --label A": "--label A: no such class; there are class0, class1",
+    "--ckpt ok --out out --label 0 --bank unlabelled.pt": "--label 0: the bank has no labels",
+    "--ckpt ok --out out --label 0 --mix 0 1": "--label 0: the snippets of --add and --mix are given",
+    "--ckpt ok --out out --label 0 --add images": (
+        "--label 0: the snippets of --add and --mix are given"
+    ),
+    "--ckpt ok --out out --new": "a prior over 6 snippets: at least 10 are needed",
+    "--ckpt class --out out --label 2": "--label 2: no such class; there are class0, class1",
+    "--ckpt none --out out --label 0": "--label 0: this model has neither memory nor labels",
+    "--ckpt class --out out --new": "--new: this model has no memory",
     "--ckpt none --out out --cfg 3": "--cfg 3.0: this model has neither memory nor labels",
     "--ckpt none --out out --mask 0.5": "--mask: this model has no memory",
     "--ckpt class --out out --mask 0.5": "--mask: this model has no memory",
