@@ -399,7 +399,9 @@ def cosine(v, u):
     return (v * u).sum(1) * (v_square * u_square).rsqrt()
 
 
-def flow_loss(model, x, s=None, y=None, cond_drop_prob=0.1, targets=None, align=0.0):
+def flow_loss(
+    model, x, s=None, y=None, cond_drop_prob=0.1, targets=None, align=0.0, t_mean=0.0, t_std=1.0
+):
     """The training loss of one batch (see the head of this file), a scalar; t is logit-normal.
 
     x               (B, C, H, W) data
@@ -408,10 +410,11 @@ def flow_loss(model, x, s=None, y=None, cond_drop_prob=0.1, targets=None, align=
     cond_drop_prob  part of the images that are shown with the null condition
     targets         (B, T, align_dim) features that the projected tokens are aligned with (REPA)
     align           weight of that
+    t_mean, t_std   of the logit of t
     All draws are from torch's default generator: t, z, and which images to drop, in this order.
     """
     B = len(x)
-    t = torch.randn(B, device=x.device).sigmoid()
+    t = (t_mean + t_std * torch.randn(B, device=x.device)).sigmoid()
     z = torch.randn_like(x)
     keep = torch.rand(B, device=x.device) >= cond_drop_prob
     if s is not None:

@@ -28,6 +28,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy import stats
 from torch import nn
 
 import fid
@@ -315,8 +316,10 @@ class StubNetwork:
         self.config = SiTConfig(**TINY, **settings)
         self.snippets = []
         self.labels = []
+        self.times = []
 
     def __call__(self, x_t, t, s=None, y=None):
+        self.times.append(t)
         self.snippets.append(s)
         self.labels.append(y)
         if s is None:
@@ -787,6 +790,17 @@ def test_without_drop_images_without_a_label_see_the_null_label():
     network = StubNetwork(num_classes=5)
     flow_loss(network, torch.randn(4, 3, 8, 8), y=torch.tensor([0, -1, 4, 2]), cond_drop_prob=0)
     assert network.labels[0].tolist() == [0, 5, 4, 2]
+
+
+@pytest.mark.parametrize("mean, std", [(0.0, 1.0), (-0.8, 0.8)])
+def test_the_logit_of_the_time_is_normal(mean, std):
+    network = StubNetwork()
+    torch.manual_seed(0)
+    flow_loss(network, torch.zeros(20_000, 3, 8, 8), t_mean=mean, t_std=std)
+    logit = torch.special.logit(network.times[0].double())
+    assert logit.mean() == pytest.approx(mean, abs=0.03)
+    assert logit.std() == pytest.approx(std, abs=0.03)
+    assert stats.kstest(logit, "norm", (mean, std)).pvalue > 0.01
 
 
 def test_dropped_images_see_the_null_label():
@@ -4371,6 +4385,33 @@ def test_a_checkpoint_replaces_the_preset(runs):
     assert args.preview is False
 
 
+def test_a_checkpoint_of_other_settings_is_refused(runs):
+    checkpoint = load(runs / "cut/ckpt.pt")
+    del checkpoint["settings"]["t_mean"]
+    os.makedirs("older")
+    torch.save(checkpoint, "older/ckpt.pt")
+    refused("settings", merge_settings, {"resume": True, "out": "older"}, error=memory.InputError)
+
+
+@pytest.mark.parametrize("preset", ["imagenet256-b", "imagenet256-xl", "imagenet512-xl"])
+def test_the_presets_for_imagenet_have_the_official_times(preset):
+    args, _ = merge_settings({"preset": preset})
+    assert (args.t_mean, args.t_std) == (0, 1)
+
+
+def test_a_training_draws_its_times_as_asked(trained, monkeypatch):
+    asked = []
+
+    def noted_loss(*args):
+        asked.append(args[-2:])
+        return flow_loss(*args)
+
+    monkeypatch.setattr(train, "flow_loss", noted_loss)
+    ask = "--steps 1 --t-mean 0.5 --no-preview --out o --data"
+    run(f"train.py {QUICK} {ask} {trained}/out/data")
+    assert asked == [(0.5, 0.8)]
+
+
 def test_flags_replace_a_checkpoint(runs):
     given = {"resume": True, "out": f"{runs}/cut", "lr": 0.5, "log_every": 3}
     args, _ = merge_settings(given)
@@ -4507,7 +4548,7 @@ def test_a_resumed_run_goes_beyond_its_decay_with_another_one(runs):
     run("train.py --resume --steps 9 --decay 4 12 --out out --device cpu")
     last = read_log("out")[-1]
     assert last["step"] == 9
-    assert last["lr"] == pytest.approx(1e-3 * 9 / 50 * (12 - 8) / (12 - 4))
+    assert last["lr"] == pytest.approx(2e-3 * 9 / 50 * (12 - 8) / (12 - 4))
 
 
 def test_a_resumed_run_keeps_its_learning_rate(runs):
@@ -4519,7 +4560,7 @@ def test_a_resumed_run_keeps_its_learning_rate(runs):
 def test_a_resumed_run_takes_a_learning_rate_that_is_given(runs):
     shutil.copytree(runs / "cut", "out")
     run("train.py --resume --steps 6 --out out --device cpu --lr 0.5")
-    expected = read_log(runs / "whole")[5]["lr"] * 0.5 / 1e-3
+    expected = read_log(runs / "whole")[5]["lr"] * 0.5 / 2e-3
     assert read_log("out")[5]["lr"] == pytest.approx(expected)
 
 

@@ -74,6 +74,8 @@ OFFICIAL = {
     "decay": (0, 0),
     "align": 0.5,
     "scale": 1.0,
+    "t_mean": 0.0,
+    "t_std": 1.0,
     "save_every": 2500,
     "log_every": 100,
 }
@@ -132,6 +134,8 @@ SETTINGS = {
     "mask": (0.4, fraction, "part of the snippet's entries set to zero"),
     "drop": (0.1, fraction, "part of the images shown with the null condition"),
     "align": (0.0, number(0, kind=float), "weight of REPA's loss; needs patches.pt"),
+    "t_mean": (-0.8, number(-1e9, kind=float), "of the logit of t (0: as in GMem)"),
+    "t_std": (0.8, positive, "of the logit of t (1: as in GMem)"),
     "steps": (1300, number(1), "in all, resumed ones included"),
     "batch_size": (128, number(1), "of all processes together"),
     "micro_batch": (
@@ -139,7 +143,7 @@ SETTINGS = {
         number(1),
         f"of one forward pass (default: the largest to {MICRO_BATCH})",
     ),
-    "lr": (1e-3, positive, "of AdamW"),
+    "lr": (2e-3, positive, "of AdamW"),
     "warmup": (50, number(0), "steps of linear warm-up"),
     "decay": ((750, 1300), steps_from_to, "where --lr falls to 0 (0 0: nowhere)"),
     "clip": (1.0, positive, "largest gradient norm"),
@@ -164,6 +168,8 @@ def merge_settings(given):
     if given.get("resume"):
         checkpoint = load_file(path, keys=("model", "optimizer", "settings"))
         was = checkpoint["settings"]
+        if set(was) != set(SETTINGS):
+            raise InputError(f"{path} is by a train.py of other settings: go on with that one")
         asked = {name: given.get(name, was[name]) for name in FIXED}
         differ = differences(asked, {name: was[name] for name in FIXED})
         if differ:
@@ -475,9 +481,11 @@ def train(trainer, net, loader, micro_batch, accumulate):
             if num_processes > 1:  # gradients are exchanged in the last micro-batch only
                 net.require_backward_grad_sync = m == indices[-1]
             with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-                part = flow_loss(net, x, s, y, args.drop, targets, args.align) / accumulate
-            part.backward()
-            loss += part.detach()
+                part = flow_loss(
+                    net, x, s, y, args.drop, targets, args.align, args.t_mean, args.t_std
+                )
+            (part / accumulate).backward()
+            loss += part.detach() / accumulate
         all_reduce(loss)
         norm = trainer.update(loss / num_processes)
 
