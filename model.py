@@ -644,7 +644,7 @@ def load_into(weights, network, *args):
         raise InputError(
             f"{len(wrong)} weights do not fit this {network.__name__}: {'; '.join(wrong[:3])}"
         )
-    copies = {key: value.to(torch.float32, copy=True) for key, value in weights.items()}
+    copies = {key: value.to(wanted[key].dtype, copy=True) for key, value in weights.items()}
     model.load_state_dict(copies, assign=True)
     return model.eval()
 

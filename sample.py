@@ -61,7 +61,7 @@ from memory import (
     read_flags,
     stats_tensor,
 )
-from model import SnippetPrior, guided, load_file, load_sit, ode, sde
+from model import SnippetPrior, guided, load_file, load_into, load_sit, ode, sde
 
 # -------------------------------------------------------------------------- from snippets to images
 
@@ -326,9 +326,8 @@ def load_prior(path, config, device):
     dim = len(kept["mean"])
     if dim != config.memory_dim:
         raise InputError(f"{path} is of snippets of {dim} numbers, not {config.memory_dim}")
-    prior = SnippetPrior(kept["rank"], kept["num_classes"])
-    prior.load_state_dict(kept["prior"])
-    return prior.to(device).eval(), kept["mean"].to(device), kept["basis"].to(device)
+    prior = load_into(kept["prior"], SnippetPrior, kept["rank"], kept["num_classes"])
+    return prior.to(device), kept["mean"].to(device), kept["basis"].to(device)
 
 
 def new_snippets(args, ids, names, bank, path, config, device):

@@ -5431,6 +5431,14 @@ def test_a_class_without_a_row_in_the_bank_is_refused():
     refused(message, sample.bank_rows, args, range(3), list("abc"), bank, error=memory.InputError)
 
 
+def test_a_prior_that_lacks_a_weight_is_refused_and_the_weight_is_named(new):
+    kept = load(new / "out/prior.pt")
+    del kept["prior"]["out.1.bias"]
+    torch.save(kept, "prior.pt")
+    config = SiTConfig(memory_dim=len(kept["mean"]))
+    refused("out.1.bias", sample.load_prior, "prior.pt", config, CPU, error=model_file.InputError)
+
+
 @pytest.mark.parametrize("label", ["class1", "1"])
 def test_images_of_a_class_are_made_of_the_snippets_of_its_rows(sampled, label):
     run(f"sample.py --ckpt {sampled}/out {FEW} --label {label} --out a.npz")
