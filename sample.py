@@ -331,10 +331,10 @@ def load_prior(path, config, device):
 
 
 def new_snippets(args, ids, names, bank, path, config, device):
-    """Snippets (B, D) that belong to no training image, drawn from the prior at path; of a bank, or
-    None: of whatever bank it was fitted to."""
+    """Snippets (B, D) that belong to no training image, drawn from the prior at path. With a bank
+    the prior is fitted first, if it is not there or is another bank's."""
     if bank is not None:
-        label_number(args.label, names, class_counts(bank))  # an error, rather now than later
+        label_number(args.label, names, class_counts(bank))  # refuses a wrong one before the fit
         keep_prior(path, bank, device)
     prior, mean, basis = load_prior(path, config, device)
     label = label_number(args.label, names, prior.counts[:-1])
