@@ -1053,6 +1053,7 @@ def prepare(src, out, device="cpu", **options):
         "images": N // (1 + images.flip),
         "latent": latent,
         "classes": images.classes,
+        "class_counts": np.bincount(images.labels[images.labels >= 0]).tolist(),
         "mean": stats[0],  # the network sees (latent - mean) / std
         "std": stats[1],
     }

@@ -267,12 +267,15 @@ def class_counts(bank):
     return np.bincount(bank.labels[bank.labels >= 0])
 
 
-def labels_of(args, ids, names, num_classes):
-    """The labels of images (B,): --label for all, or drawn at random."""
-    label = label_number(args.label, names, [1] * num_classes)
+def draw_labels(args, ids, names, counts, unlabelled=0):
+    """The labels of images (B,): --label for all; or each class as often as counts has it, and the
+    null label as often as there are unlabelled ones."""
+    label = label_number(args.label, names, counts)
     if label is not None:
         return torch.full((len(ids),), label)
-    return draw_rows(ids, args.seed, num_classes)
+    up_to = torch.tensor([*counts, unlabelled]).cumsum(0)
+    row = draw_rows(ids, args.seed, int(up_to[-1]))
+    return torch.searchsorted(up_to, row, right=True)
 
 
 def bank_rows(args, ids, names, bank):
@@ -337,13 +340,8 @@ def new_snippets(args, ids, names, bank, path, config, device):
         label_number(args.label, names, class_counts(bank))  # refuses a wrong one before the fit
         keep_prior(path, bank, device)
     prior, mean, basis = load_prior(path, config, device)
-    label = label_number(args.label, names, prior.counts[:-1])
-    if label is None:  # each as often as in the bank
-        up_to = prior.counts.cumsum(0)
-        row = draw_rows(ids, args.seed, int(up_to[-1])).to(device)
-        labels = torch.searchsorted(up_to, row, right=True)
-    else:
-        labels = torch.full((len(ids),), label, device=device)
+    *counts, unlabelled = prior.counts.tolist()
+    labels = draw_labels(args, ids, names, counts, unlabelled).to(device)
 
     parts = []
     starts = range(0, len(ids), 1024)
@@ -608,7 +606,8 @@ def main():
         rows = bank_rows(args, ids, names, bank)
         s = bank[rows]
     if config.num_classes:
-        y = labels_of(args, ids, names, config.num_classes)
+        counts = meta.get("class_counts", [1] * config.num_classes)
+        y = draw_labels(args, ids, names, counts)
     check_out(args.out, len(ids) + len(given))
     if args.save_bank is not None and rank_world()[0] == 0:
         extended.save(args.save_bank)

@@ -2968,6 +2968,7 @@ def test_meta_json_says_what_was_made(prepared):
     assert meta["bank"] == MemoryBank.load(prepared.folder / "data/bank.pt").id
     assert meta["images"] == 40
     assert meta["latent"] == [3, 24, 24]
+    assert meta["class_counts"] == [2 * (prepared.labels == label).sum() for label in (0, 1)]
 
 
 def test_a_prepared_folder_holds_four_files(prepared):
@@ -4268,10 +4269,19 @@ def test_images_of_a_model_of_labels_have_the_labels_that_are_drawn(baselines):
     ids = range(8)
     run(f"sample.py --ckpt {baselines}/class --num-images 8 --steps 2 --seed 3 --out y.npz")
     checkpoint = load(baselines / "class/ckpt.pt")
-    y = draw_rows(ids, 3, 2)
+    labels = np.sort(np.load(baselines / "class/data/labels.npy"))
+    y = torch.from_numpy(labels[draw_rows(ids, 3, len(labels))])
     assert y.unique().tolist() == [0, 1]
     x = generate(load_sit(checkpoint), ids, y=y, seed=3, steps=2)
     assert np.abs(images_of("y.npz") - images_by(checkpoint, x)).max() <= 1  # rounding
+
+
+def test_labels_are_drawn_as_often_as_there_are_images_of_each():
+    args = argparse.Namespace(label=None, seed=0)
+    labels = sample.draw_labels(args, range(3000), CLASSES, [1, 0, 3, 5], unlabelled=1)
+    often = torch.bincount(labels, minlength=5) / 3000
+    assert often[1] == 0
+    assert (often - torch.tensor([0.1, 0.0, 0.3, 0.5, 0.1])).abs().max() < 0.03
 
 
 def test_a_checkpoint_of_the_ema_weights_alone_gives_the_same_images(sampled):
