@@ -462,7 +462,7 @@ def new_prior(bank, rows):
     prior = SnippetPrior(bank.rank, num_classes)
     some = coefficients(bank, rows[:100_000])
     prior.mean.copy_(some.mean(0))
-    prior.std.copy_(some.std(0).clamp_min(1e-8))
+    prior.std.copy_((some - prior.mean).std().clamp_min(1e-8))
     prior.counts.copy_(torch.from_numpy(np.bincount(labels, minlength=num_classes + 1)))
     return prior, labels
 

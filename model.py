@@ -531,8 +531,9 @@ class SnippetPrior(nn.Module):
     """p(c), or p(c | label), of the r coefficients c of a snippet, by flow matching as above.
 
     RCG (arXiv 2312.03701) does this for whole features; here a truncated SVD has made them short.
-    Fitted by memory.fit_prior. The flow is that of (c - mean) / std; the last label is the null one;
-    counts: how many rows of the bank have each label, the null label where they have none.
+    Fitted by memory.fit_prior. The flow is that of (c - mean) / std, with one std for all of c, so
+    that the directions of most energy count most. The last label is the null one; counts: how many
+    rows of the bank have each label, the null label where they have none.
     """
 
     def __init__(self, rank, num_classes=0, width=256, depth=4):
@@ -540,7 +541,7 @@ class SnippetPrior(nn.Module):
         self.rank = rank
         self.num_classes = num_classes
         self.register_buffer("mean", torch.zeros(rank))
-        self.register_buffer("std", torch.ones(rank))
+        self.register_buffer("std", torch.ones(()))
         self.register_buffer("counts", torch.zeros(num_classes + 1, dtype=torch.int64))
         self.c_embedder = nn.Linear(rank, width)
         self.t_embedder = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
