@@ -472,15 +472,23 @@ def median_distance(c, rows):
     return torch.cdist(c, rows).amin(1).quantile(0.5).item()
 
 
+@torch.no_grad()
+def judge_prior(prior, c, z, t, y, rows):
+    """-> the loss on held-out coefficients c (B, r), with noise z, times t, labels y; and how far
+    what the prior draws is from the fitted rows (N, r), as a multiple of what held-out rows are"""
+    loss = prior.loss(c, z, t, y).item()
+    drawn = prior.sample(z[:512], y[:512], steps=10)
+    return loss, median_distance(drawn, rows) / max(median_distance(c[:512], rows), 1e-9)
+
+
 def fit_prior(bank, steps=8000, batch_size=256, lr=2e-3, seed=0, device=None):
     """The distribution of a bank's snippets, by label where it has labels -> model.SnippetPrior
 
     A tenth of the rows (at most 4,096) is held out, and says which moving average of the weights is
-    returned. It is the one with the least loss on them; but where that one draws snippets farther
-    from the fitted rows than the held-out rows are, the first later one that does not. (A small bank
-    raises the loss long before that. Still later ones draw the bank's rows again.)
-    The fit ends after 500 steps without a better one. It seeds torch's default generator.
-    InputError for a bank of less than 10 rows.
+    returned: the one of least loss on them, or, where that one draws snippets farther from the
+    fitted rows than held-out rows are, the first later one that does not. (Still later ones draw
+    the bank's rows again.) The fit ends after 500 steps without a better one. It seeds torch's
+    default generator. InputError for a bank of less than 10 rows.
     """
     N = len(bank)
     if N < 10:
@@ -501,12 +509,8 @@ def fit_prior(bank, steps=8000, batch_size=256, lr=2e-3, seed=0, device=None):
 
     # each held-out row several times, with other noise
     held_c, held_y = read(np.resize(held_out, BLOCK))
-    held_z = torch.randn_like(held_c)
-    held_t = torch.rand(BLOCK, device=device)
+    held = (held_c, torch.randn_like(held_c), torch.rand(BLOCK, device=device), held_y)
     fitted_c, _ = read(rows[:30_000])
-    held_distance = max(median_distance(held_c[:512], fitted_c), 1e-9)
-    kept = ema.module
-    kept_step = 0
     kept_distance = float("inf")
     least_loss = float("inf")
     bar = tqdm(range(1, steps + 1), "fitting the prior", unit="step")
@@ -522,13 +526,9 @@ def fit_prior(bank, steps=8000, batch_size=256, lr=2e-3, seed=0, device=None):
         schedule.step()
         ema.update_parameters(prior)
         if step % 100 == 0 or step == steps:
-            with torch.no_grad():
-                held_loss = ema.module.loss(held_c, held_z, held_t, held_y).item()
-            drawn = ema.module.sample(held_z[:512], held_y[:512], steps=10)
-            distance = median_distance(drawn, fitted_c)
-            losses = {"loss": f"{loss.item():.3f}", "held_out": f"{held_loss:.3f}"}
-            bar.set_postfix(losses, distance=f"{distance / held_distance:.2f}")
-            if held_loss < least_loss or kept_distance > held_distance:
+            held_loss, distance = judge_prior(ema.module, *held, fitted_c)
+            bar.set_postfix(loss=loss.item(), held_out=held_loss, distance=distance)
+            if held_loss < least_loss or kept_distance > 1:
                 kept = copy.deepcopy(ema.module)
                 kept_step = step
                 kept_distance = distance
@@ -538,7 +538,7 @@ def fit_prior(bank, steps=8000, batch_size=256, lr=2e-3, seed=0, device=None):
                 break
     print(
         f"prior: held-out loss at best {least_loss:.4f}; after {kept_step:,} steps, of {step:,}, what it "
-        f"draws is {kept_distance / held_distance:.2f} times as far from the rows as held-out ones are"
+        f"draws is {kept_distance:.2f} times as far from the rows as held-out ones are"
     )
     return kept.eval()
 

@@ -2621,31 +2621,31 @@ def test_the_fit_says_which_step_was_the_best(overfit):
 
 @pytest.fixture(scope="module")
 def distant():
-    """A fit to 60 rows on a curve in 16 dimensions -> the bank, the prior, what was printed."""
+    """A fit to 60 pairs of rows, where the held-out loss is least while what is drawn is still 1.2
+    times as far from the rows as held-out rows are -> the bank, the prior, what was printed."""
     rng = np.random.default_rng(0)
-    angle = rng.uniform(0, 6.28, (60, 1))
-    coef = np.sin(angle * np.arange(1, 9) + np.arange(8))
-    bank = bank_of(np.concatenate([coef, coef[:, ::-1] ** 2], axis=1))
+    pairs = rng.normal(size=(60, 1, 16)) + 0.3 * rng.normal(size=(60, 2, 16))
+    bank = bank_of(pairs.reshape(120, 16))
     with redirect_stdout(io.StringIO()) as text:
-        prior = fit_small(bank, width=128, steps=2000, batch_size=64, lr=5e-3)
+        prior = fit_small(bank, width=128, steps=2500, batch_size=64, lr=1e-2)
     return argparse.Namespace(bank=bank, prior=prior, text=text.getvalue())
 
 
 def test_a_fit_goes_on_until_what_it_draws_is_as_near_as_held_out_rows(distant):
-    order = np.random.default_rng(0).permutation(60)
-    rows = distant.bank.coef[order[6:]]
-    held_out = distant.bank.coef[order[:6]]
-    least_held_out = np.median(cdist(held_out, rows).min(1))
-    drawn = np.median(cdist(drawn_from(distant.prior).numpy(), rows).min(1))
-    ratio = drawn / least_held_out
-    assert 0.5 < ratio < 1.1
+    order = np.random.default_rng(0).permutation(120)
+    rows = distant.bank.coef[order[12:]]
+    held_out = distant.bank.coef[order[:12]]
+    of_held_out = np.median(cdist(held_out, rows).min(1))
+    of_drawn = np.median(cdist(drawn_from(distant.prior).numpy(), rows).min(1))
+    ratio = of_drawn / of_held_out
+    assert 0.8 < ratio < 1.1
     said = float(re.search(r"is (\S+) times", distant.text).group(1))
-    assert said == pytest.approx(ratio, rel=0.2)
+    assert said == pytest.approx(ratio, rel=0.1)
 
 
 def test_a_fit_ends_500_steps_after_the_best(distant):
     best, last = re.search(r"after (\S+) steps, of (\S+),", distant.text).groups()
-    assert int(last.replace(",", "")) == int(best) + 500 < 2000
+    assert int(last.replace(",", "")) == int(best.replace(",", "")) + 500 < 2500
 
 
 def noted_fit(bank, steps):
