@@ -481,7 +481,7 @@ def judge_prior(prior, c, z, t, y, rows):
     return loss, median_distance(drawn, rows) / max(median_distance(c[:512], rows), 1e-9)
 
 
-def fit_prior(bank, steps=8000, batch_size=256, lr=2e-3, seed=0, device=None):
+def fit_prior(bank, steps=5500, batch_size=256, lr=4e-3, seed=0, device=None):
     """The distribution of a bank's snippets, by label where it has labels -> model.SnippetPrior
 
     A tenth of the rows (at most 4,096) is held out, and says which moving average of the weights is
