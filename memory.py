@@ -1179,9 +1179,8 @@ def cli(main):
     traceback."""
     try:
         main()
-        if (
-            dist.is_initialized()
-        ):  # left to the interpreter's end, gloo's threads may abort the process
+        # left to the interpreter's end, gloo's threads may abort the process
+        if dist.is_initialized():
             barrier()
             dist.destroy_process_group()
     except KeyboardInterrupt:

@@ -171,9 +171,8 @@ class Rope2d(nn.Module):
     def __init__(self, head_dim, size):
         super().__init__()
         w = 10000 ** -(torch.arange(0, head_dim // 2, 2).float() / (head_dim // 2))
-        angle = torch.outer(torch.arange(size).float(), w).repeat_interleave(
-            2, dim=1
-        )  # (size, head_dim/2)
+        angle = torch.outer(torch.arange(size).float(), w)
+        angle = angle.repeat_interleave(2, dim=1)  # (size, head_dim/2)
         row = angle.repeat_interleave(size, dim=0)
         column = angle.repeat(size, 1)
         angle = torch.cat([row, column], dim=1)  # (size*size, head_dim)
@@ -379,9 +378,8 @@ class SiT(nn.Module):
         out = self.unpatchify(self.final_layer(h, c))
         v = out
         if config.predict_x:
-            v = (out - x) / (1 - t[:, None, None, None]).clamp_min(
-                0.05
-            )  # bounded, as in arXiv 2511.13720
+            remaining = 1 - t[:, None, None, None]
+            v = (out - x) / remaining.clamp_min(0.05)  # bounded, as in arXiv 2511.13720
         return v if projected is None else (v, projected)
 
 
@@ -592,9 +590,8 @@ def load_file(source, urls=None, keys=()):
         if source in urls:
             name = source + os.path.splitext(urls[source])[1]
             return torch.hub.load_state_dict_from_url(urls[source], file_name=name, **options)
-        with torch.serialization.safe_globals(
-            [argparse.Namespace]
-        ):  # SiT's files hold their settings
+        # SiT's files hold their settings
+        with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(source, mmap=zipfile.is_zipfile(source), **options)
         missing = [key for key in keys if key not in content]
     except urllib.error.URLError as e:
@@ -661,9 +658,8 @@ def official_config(weights):
     depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
     inner = length("blocks.0.mlp.fc2.weight", axis=1)
     swiglu = "blocks.0.mlp.w3.weight" in weights
-    if (
-        swiglu
-    ):  # its width is int(2/3 int(hidden_size mlp_ratio)): aim at the middle of what gives that
+    if swiglu:
+        # its width is int(2/3 int(hidden_size mlp_ratio)): aim at the middle of what gives that
         inner = length("blocks.0.mlp.w3.weight", axis=1) * 3 // 2 + 1
     return SiTConfig(
         input_size=patch_size * math.isqrt(length("pos_embed", axis=1)),
@@ -873,21 +869,16 @@ def load_autoencoder(source):
     InputError where keys or shapes do not fit.
     """
     given = weights_of(load_file(source, AUTOENCODERS) if isinstance(source, str) else source)
-    parts = (
-        "encoder.",
-        "decoder.",
-        "quant_conv.",
-        "post_quant_conv.",
-    )  # others are of the training
+    # others are of the training
+    parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
     given = {key: value for key, value in given.items() if key.startswith(parts)}
     downs = ("encoder.down.", "encoder.down_blocks.")
     levels = len({key.split(".")[2] for key in given if key.startswith(downs)})
     weights = {}
     for key, value in given.items():
         key = ldm_key(key, levels)
-        if (
-            ".attn" in key and value.ndim == 2
-        ):  # a linear layer in diffusers, a 1x1 convolution here
+        if ".attn" in key and value.ndim == 2:
+            # a linear layer in diffusers, a 1x1 convolution here
             value = value[:, :, None, None]
         weights[key] = value
     try:

@@ -541,9 +541,8 @@ def wrapped(model, args, device):
         device_ids = [device.index] if device.type == "cuda" else None
         # large buckets, as torch.compile cuts the network at each one
         net = DDP(net, device_ids, gradient_as_bucket_view=True, bucket_cap_mb=200)
-        net.broadcast_buffers = (
-            False  # they are constants; as an argument it warns, from torch 2.13 on
-        )
+        # they are constants; as an argument it warns, from torch 2.13 on
+        net.broadcast_buffers = False
     return net
 
 
