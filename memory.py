@@ -1004,6 +1004,17 @@ def is_prepared(out, settings):
     return True
 
 
+def load_networks(settings, device):
+    """-> the tokenizer and the encoder of a preparation"""
+    tokenizer = load_tokenizer(settings["tokenizer"], device)
+    size = settings["image_size"]
+    if size % tokenizer.factor != 0:
+        raise InputError(
+            f"image size {size} is no multiple of {tokenizer.factor}, as the tokenizer needs"
+        )
+    return tokenizer, load_encoder(settings["encoder"], device)
+
+
 def encode_images(images, tokenizer, encode, blocks, device):
     """Fills latents.npy, and features.npy where that is wanted, block by block."""
     with blocks.bar("encoding") as bar:
@@ -1031,14 +1042,9 @@ def prepare(src, out, device="cpu", **options):
         )
 
     device = torch.device(device)
-    tokenizer = load_tokenizer(settings["tokenizer"], device)
-    stats = known_stats(settings)
-    encode = load_encoder(settings["encoder"], device)
     size = settings["image_size"]
-    if size % tokenizer.factor != 0:
-        raise InputError(
-            f"image size {size} is no multiple of {tokenizer.factor}, as the tokenizer needs"
-        )
+    stats = known_stats(settings)
+    tokenizer, encode = load_networks(settings, device)
     feature, tokens = encode(torch.zeros(1, 3, size, size, device=device))
     if settings["patches"] and tokens is None:
         raise InputError(f"the encoder {settings['encoder']} has no patch tokens for --patches")

@@ -287,13 +287,15 @@ def bank_rows(args, ids, names, bank):
     return torch.from_numpy(rows)[draw_rows(ids, args.seed, len(rows))]
 
 
-def needs_bank(args, config, bank_path, prior_path):
-    """Whether the bank is read: always by a model with memory, but for --new with a prior that is
-    there already, where nothing says that the bank is, too."""
-    if not config.memory_dim:
-        return False
+def needed_bank(args, model, meta, path, prior_path):
+    """The bank at path, or None: a model without memory needs none, nor does --new where the prior
+    is there and the bank is not."""
+    if not model.config.memory_dim:
+        return None
     asked = not args.new or args.audit is not None or args.bank is not None
-    return asked or os.path.exists(bank_path) or not os.path.exists(prior_path)
+    if asked or os.path.exists(path) or not os.path.exists(prior_path):
+        return load_bank(path, model, meta)
+    return None
 
 
 def keep_prior(path, bank, device):
@@ -577,9 +579,7 @@ def main():
     tokenizer = load_tokenizer(args.tokenizer or meta["settings"]["tokenizer"], device)
     size = config.input_size * tokenizer.factor
     prior_path = os.path.join(os.path.dirname(args.ckpt), "prior.pt")
-    bank = None
-    if needs_bank(args, config, bank_path, prior_path):
-        bank = load_bank(bank_path, model, meta)
+    bank = needed_bank(args, model, meta, bank_path, prior_path)
 
     def encode(images):
         encoder = load_encoder(args.encoder or bank.encoder, device)
