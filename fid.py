@@ -54,8 +54,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
             f"statistics of {len(mu1)} features and of {len(mu2)}: expected one network's"
         )
     try:
-        # With sigma2 = L L', the eigenvalues of sigma1 sigma2 are those of the symmetric L' sigma1
-        # L.
+        # With sigma2 = L L', sigma1 sigma2 has the eigenvalues of the symmetric L' sigma1 L.
         eigenvalues = linalg.eigvalsh(sigma1, sigma2, type=2, driver="gv")
         roots = np.sqrt(eigenvalues.clip(0))
     except linalg.LinAlgError:
@@ -104,8 +103,7 @@ def precision_recall(ref, gen, k=3):
 
 
 def neighbour_distance(x, k):
-    """(N, D) -> (N,), the squared distance of each row to its k-th neighbour; the nearest of all is
-    itself"""
+    """(N, D) -> (N,), squared distance of each row to its k-th neighbour, itself being the 0th"""
     blocks = squared_distances(x, x)
     return torch.cat([squared.topk(k + 1, largest=False)[0][:, k] for _, squared in blocks])
 
@@ -289,8 +287,7 @@ class Inception(nn.Module):
         self.fc = nn.Linear(2048, 1008)
 
     def forward(self, x):
-        """uint8 (B, 3, H, W) -> pool (B, 2048), spatial (B, 2023), logits (B, 1008) without the
-        bias"""
+        """uint8 (B, 3, H, W) -> pool (B, 2048), spatial (B, 2023), logits (B, 1008), no bias"""
         x = (resize_tf1(x.float()) - 128) / 128  # (B, 3, 299, 299)
         for name, layer in self.named_children():
             if name in ("Conv2d_3b_1x1", "Mixed_5b"):
@@ -304,8 +301,7 @@ class Inception(nn.Module):
 
 
 def resize_tf1(x, size=299):
-    """Float (B, C, H, W) -> (B, C, size, size), bilinear as TensorFlow 1: pixel i is taken at i H /
-    size"""
+    """Float (B, C, H, W) -> (B, C, size, size), bilinear as TensorFlow 1: pixel i at i H / size"""
     x = F.pad(x, (0, 1, 0, 1), mode="replicate")  # beyond the last pixel is the last pixel
     x = F.interpolate(x, (size + 1, size + 1), mode="bilinear", align_corners=True)
     return x[:, :, :size, :size]
@@ -386,8 +382,7 @@ def load_program(path, device):
 
 # torch.export.load unpickles parts of an archive, evaluates its expressions, and makes Python code
 # of its names.
-# So it gets a copy without the pickled parts, and each text in that has to match what is harmless
-# there.
+# So it gets a copy without the pickled parts, in which each text has to match what is harmless.
 PARTS = (
     r"[^/]+/(archive_format|archive_version|byteorder|\.data/\w+|models/\w+\.json"
     r"|data/sample_inputs/\w+\.pt|data/(weights|constants)/(\w+\.json|(weight|tensor)_\d+))"
@@ -411,8 +406,7 @@ TEXTS = {
 
 
 def harmless_copy(path):
-    """The archive at path -> a file in memory. InputError: it has what might run code when it is
-    loaded."""
+    """The archive at path -> a file in memory. InputError: loading it might run code."""
     copy = io.BytesIO()
     with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as clean:
         for part in archive.namelist():

@@ -213,8 +213,7 @@ class MemoryBank:
         return self.unpack(coef, scale)
 
     def unpack(self, coef, scale):
-        """Rows as they are stored, coef (..., r) and scale (...), on any device -> snippets (...,
-        D)"""
+        """Stored rows, coef (..., r) and scale (...), on any device -> snippets (..., D)"""
         return self.decode(coef.float() * scale[..., None])
 
     def decode(self, coef):
@@ -398,8 +397,7 @@ def gather_rows(share, bounds, device, block=2**20):
 
 
 def mask(s, ratio, generator=None):
-    """Sets a random part of the entries of s (B, D) to zero, divides the rest by 1 - ratio:
-    dropout."""
+    """Dropout: a random part of the entries of s (B, D) is zero, the rest divided by 1 - ratio."""
     keep = torch.rand(s.shape, generator=generator) >= ratio
     return s * keep.to(s.device) / (1 - ratio)
 
@@ -450,8 +448,8 @@ def coefficients(bank, rows):
 
 
 def new_prior(bank, rows):
-    """-> model.SnippetPrior, not fitted yet; the labels of all rows of the bank (N,), the null label
-    where there is none; rows: those that it will be fitted to"""
+    """-> model.SnippetPrior, not fitted yet; the labels of all rows (N,), the null label where
+    there is none; rows: those that it will be fitted to"""
     from model import SnippetPrior
 
     num_classes = 0
@@ -537,8 +535,8 @@ def fit_prior(bank, steps=5500, batch_size=256, lr=4e-3, seed=0, device=None):
                 bar.close()
                 break
     print(
-        f"prior: held-out loss at best {least_loss:.4f}; after {kept_step:,} steps, of {step:,}, what it "
-        f"draws is {kept_distance:.2f} times as far from the rows as held-out ones are"
+        f"prior: held-out loss at best {least_loss:.4f}; after {kept_step:,} steps, of {step:,}, "
+        f"what it draws is {kept_distance:.2f} times as far from the rows as held-out ones are"
     )
     return kept.eval()
 
@@ -560,8 +558,7 @@ def to_rgb(image):
 
 
 def center_crop(image, size):
-    """The crop of ADM and DiT: halved by a box filter while twice too large, then bicubic, then the
-    centre."""
+    """The crop of ADM and DiT: box filter while twice too large, then bicubic, then the centre."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     ratio = size / min(image.size)
@@ -607,8 +604,7 @@ def image_files(folder):
 
 
 def read_folder(src, skip_bad=False):
-    """-> paths of images, labels (list), classes (the sub-folders); labels are -1 where there are
-    none"""
+    """-> paths of images, labels (list; -1: none), classes (the sub-folders)"""
     files = image_files(src)
     if not files:
         raise InputError(f"no images in the folder {src}")
@@ -838,8 +834,7 @@ def denormalize_latents(x, stats):
 
 
 def thumbnail(x):
-    """images (B, 3, H, W) in [-1, 1] -> (B, 768): colour thumbnails of 16x16. No semantics, no
-    weights."""
+    """images (B, 3, H, W) in [-1, 1] -> (B, 768): 16x16 thumbnails. No semantics, no weights."""
     return F.interpolate(x, size=(16, 16), mode="bilinear", antialias=True).flatten(1)
 
 
@@ -940,8 +935,7 @@ def reserve(path, shape, dtype):
 
 @dataclass
 class PatchTokens:
-    """The patch tokens of all images as a matrix (N*T, D), which is encoded when it is read, by
-    slices."""
+    """The patch tokens of all images as a matrix (N*T, D): a slice is encoded when it is read."""
 
     images: Images
     encode: callable
@@ -963,8 +957,7 @@ class PatchTokens:
 
 
 def load_features(path):
-    """-> (N, D), mapped into memory, of an .npy or of a .pt with one tensor, as the official GMem's
-    banks"""
+    """-> (N, D), of an .npy (mapped), or a .pt with one tensor, as the official GMem's banks"""
     if path.endswith(".npy"):
         features = load_array(path)
     else:
@@ -1181,8 +1174,7 @@ def defaults(settings):
 
 
 def cli(main):
-    """Runs main(); bad input ends as one line on stderr and exit code 2. Other errors keep their
-    traceback."""
+    """Runs main(); bad input ends as one line on stderr and exit code 2. Others: a traceback."""
     try:
         main()
         # left to the interpreter's end, gloo's threads may abort the process

@@ -101,8 +101,7 @@ def sizes(hidden_size, depth, num_heads, patch_size, **switches):
     }
 
 
-# The sizes of the SiT and LightningDiT papers, and three for a CPU: width, blocks, heads, patch
-# size.
+# width, blocks, heads, patch size: those of the SiT and LightningDiT papers, and three for a CPU
 CONFIGS = {
     "SiT-T/4": sizes(256, 4, 4, 4, **SMALL),
     "SiT-T/8": sizes(256, 4, 4, 8, **SMALL),
@@ -133,8 +132,7 @@ def modulate(x, shift, scale):
 
 
 def sincos_pos_embed(dim, size):
-    """Fixed position table (size*size, dim): a quarter each of sin(x w), cos(x w), sin(y w), cos(y
-    w)."""
+    """Fixed position table (size*size, dim): sin(x w), cos(x w), sin(y w), cos(y w)."""
     w = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     position = torch.arange(size, dtype=torch.float64)
     y, x = torch.meshgrid(position, position, indexing="ij")
@@ -151,8 +149,7 @@ def timestep_embedding(t):
 
 
 class PatchEmbed(nn.Module):
-    """x (B, C, H, W) -> tokens (B, T, h): a convolution with stride p, as a matrix product, which
-    is faster."""
+    """x (B, C, H, W) -> tokens (B, T, h): a convolution with stride p, as a (faster) product."""
 
     def __init__(self, config):
         super().__init__()
@@ -165,8 +162,7 @@ class PatchEmbed(nn.Module):
 
 
 class Rope2d(nn.Module):
-    """Rotary embedding: the first half of a head is turned by the token's row, the second by its
-    column."""
+    """Rotary embedding: half of a head is turned by the token's row, half by its column."""
 
     def __init__(self, head_dim, size):
         super().__init__()
@@ -290,8 +286,7 @@ def alignment_projector(width, align_dim):
 
 
 class SiT(nn.Module):
-    """v(x_t, t, s): see forward. memory_mean, the mean of the snippets, has to be set before
-    training."""
+    """v(x_t, t, s): see forward. Set memory_mean, the mean of the snippets, before training."""
 
     def __init__(self, config):
         super().__init__()
@@ -333,8 +328,7 @@ class SiT(nn.Module):
                 weight.zero_()
 
     def shown_snippets(self, s):
-        """What the network sees of snippets (B, D): centred, scaled, in training masked; zeros stay
-        zeros."""
+        """Snippets (B, D) as the network sees them: centred, scaled, masked; zeros stay zeros."""
         if self.config.memory_center:
             s = (s - self.memory_mean) * s.any(dim=1, keepdim=True)
         return F.dropout(self.config.memory_scale * s, self.config.mask_ratio, self.training)
@@ -627,8 +621,7 @@ def weights_of(content):
 
 
 def load_into(weights, network, *args):
-    """-> network(*args) with these weights, in eval mode. InputError names keys and shapes that
-    differ."""
+    """-> network(*args) with these weights, in eval mode. InputError: keys or shapes differ."""
     with torch.device("meta"):  # nothing is drawn or filled that is replaced at once
         model = network(*args)
     wanted = model.state_dict()
@@ -648,8 +641,7 @@ def load_into(weights, network, *args):
 
 
 def official_config(weights):
-    """The SiTConfig of weights of the official SiT, LightningDiT or GMem, read off names and
-    shapes."""
+    """The SiTConfig of official weights (SiT, LightningDiT, GMem), read off names and shapes."""
 
     def length(key, axis=0):
         return weights[key].shape[axis] if key in weights else 0

@@ -279,7 +279,7 @@ def draw_labels(args, ids, names, counts, unlabelled=0):
 
 
 def bank_rows(args, ids, names, bank):
-    """-> the row of the bank whose snippet each image is made of (B,); with --label, of that class"""
+    """-> the row of the bank whose snippet each image is made of (B,); of --label's class"""
     label = label_number(args.label, names, class_counts(bank))
     if label is None:
         return draw_rows(ids, args.seed, len(bank))
@@ -386,8 +386,7 @@ def flat_latents(latents, stats):
 
 
 def nearest_latents(x, data, stats):
-    """x (B, n) flat -> root mean square distances (B, 2) to the two nearest rows of data, and these
-    rows"""
+    """x (B, n) flat -> root mean square distances (B, 2) to the two nearest of data, their rows"""
     distances = []
     for i in tqdm(range(0, len(data), 1024), "comparing", unit="block", leave=False):
         distances.append(torch.cdist(x, flat_latents(data[i : i + 1024], stats)))

@@ -262,14 +262,12 @@ class Loader:
         return batch
 
     def begin(self, starts, size):
-        """What next_batch will give: batches of this size, from these places in the stream of
-        epochs."""
+        """next_batch will give batches of this size, from these places in the stream of epochs."""
         self.size = size
         self.batches = ahead(self.read, starts)
 
     def next_batch(self):
-        """-> x (B, C, h, w) as the network sees it, s (B, D), y (B,), patch tokens (B, T, D) or
-        None"""
+        """-> x (B, C, h, w) as the network sees it, s (B, D), y (B,), patch tokens or None"""
         batch = [part.to(self.device, non_blocking=True) for part in next(self.batches)]
         latents, y, coef, scale, *patches = batch
         x = normalize_latents(latents, self.stats)
