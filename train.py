@@ -222,7 +222,7 @@ def epoch_order(seed, epoch, N):
 
 
 class Loader:
-    """Poor man's data loader: memory maps, a gather per batch, a thread that is one batch ahead."""
+    """Batches from memory maps: one gather each, in a thread that is one batch ahead."""
 
     def __init__(self, folder, seed, device, patches=False):
         self.seed = seed
