@@ -4,6 +4,7 @@
     truncated SVD  s_i ~ mean + sum_k c_ik basis_k   k = 1 .. rank; then scaled to unit norm again
     storage        c_i ~ scale_i coef_i              coef int8, scale_i = max_k |c_ik| / 127
     mask           a random part of the entries of s set to zero, the rest divided by 1 - ratio
+    new snippet    c_i + spread / sqrt(k) sum_j noise_j (c_j - their mean)     j: k neighbours of i
 
     python memory.py --data SRC --out DIR [--image-size 256] [--rank 64] [--dtype int8] [--flip]
     python memory.py --data SRC --out DIR --features F.npy    # features encoded elsewhere
@@ -11,25 +12,29 @@
 
 SRC is a folder of images (flat, or class sub-folders, which become labels), one image, an .npy or
 .npz of uint8 (N, H, W, 3), or `glyphs`, a data set drawn on the spot. DIR gets latents.npy,
-labels.npy, bank.pt and meta.json.
+labels.npy, bank.pt, files.txt and meta.json.
 
-The core comes first: MemoryBank, mask, mix; with these the file can be copied alone. After it come
-images, tokenizers, encoders, the preparation of a data set, and what the commands share.
+The core comes first: mask, mix, the truncated SVD, MemoryBank; with these the file can be copied
+alone. Below the double ruler come images, tokenizers, encoders, the preparation of a data set, and
+what the commands share.
 """
 
 import argparse
-import copy
+import atexit
 import hashlib
 import json
 import os
 import shutil
+import socket
 import sys
+import warnings
 import zipfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from datetime import timedelta
-from functools import cache, cached_property
+from datetime import UTC, datetime, timedelta
+from functools import cache, cached_property, wraps
 from multiprocessing.pool import ThreadPool
 
 import numpy as np
@@ -37,9 +42,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch.optim.lr_scheduler import LinearLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 RANK = 64  # of a bank, by default
 DTYPES = ("int8", "float16", "float32")  # of a bank's coefficients
@@ -51,6 +59,210 @@ class InputError(ValueError):
     """What a user gave cannot be used; the message says what was expected."""
 
 
+# -------------------------------------------------------------------------------------- mask and mix
+
+
+def mask(s, ratio, generator=None):
+    """Dropout: a random part of the entries of s (B, D) is zero, the rest divided by 1 - ratio."""
+    keep = torch.rand(s.shape, generator=generator, dtype=torch.float32, device="cpu") >= ratio
+    return s * keep.to(s.device) / (1 - ratio)
+
+
+def slerp(a, b, alpha):
+    """From a to b along the great circle, by a part alpha of the angle between them; unit-norm."""
+
+    def across(v):
+        return v - (v * a).sum(-1, keepdim=True) * a
+
+    side = across(b)
+    gap = side.norm(dim=-1, keepdim=True)
+    angle = alpha * torch.atan2(gap, (a * b).sum(-1, keepdim=True))
+    axis = F.one_hot(a.abs().argmin(-1), a.shape[-1]).to(a)
+    side = torch.where(gap < 1e-5, across(axis), side)  # equal or opposite: any way round will do
+    return angle.cos() * a + angle.sin() * F.normalize(side, dim=-1)
+
+
+def mix(a, b, alpha, method="slerp", generator=None):
+    """Snippets between a and b (..., D) -> (..., D), unit-norm.
+
+    alpha   0 is a, 1 is b; a number or (..., 1)
+    method  slerp (along the great circle), lerp (along the chord), concat (the first entries from
+            a, the last from b) or mask (a random part of the entries from b); InputError for others
+    """
+    a = F.normalize(a, dim=-1)
+    b = F.normalize(b, dim=-1)
+    D = a.shape[-1]
+    alpha = torch.as_tensor(alpha, dtype=a.dtype, device=a.device)
+    arc = slerp(a, b, alpha)
+    if method == "slerp":
+        return arc
+    if method == "lerp":
+        mixed = torch.lerp(a, b, alpha)
+    elif method == "concat":
+        mixed = torch.where(torch.linspace(1, 0, D + 1).to(a)[1:] < alpha, b, a)
+    elif method == "mask":
+        draws = torch.rand(D, generator=generator, dtype=torch.float32, device="cpu")
+        mixed = torch.where(draws.to(a.device) < alpha, b, a)
+    else:
+        raise InputError(f"unknown method {method} of mixing; known: slerp, lerp, concat, mask")
+    vanished = mixed.norm(dim=-1, keepdim=True) < 1e-4  # halfway between opposite ones
+    return F.normalize(torch.where(vanished, arc, mixed), dim=-1)
+
+
+# ------------------------------------------------------------------------- features to coefficients
+
+
+def isolated(method):
+    """The method, computed without gradients and in float32, whatever the caller has switched on:
+    gradients, inference mode, autocast."""
+
+    @wraps(method)
+    def computed(*args, **options):
+        cpu = torch.autocast("cpu", enabled=False)
+        gpu = torch.autocast("cuda", enabled=False)
+        with torch.inference_mode(False), torch.no_grad(), cpu, gpu:
+            return method(*args, **options)
+
+    return computed
+
+
+def unit_norm(features, device=None):
+    """(..., D) of any float type -> float32 rows of norm 1, where they are (arrays: on device)"""
+    if not torch.is_tensor(features):
+        features = torch.tensor(features, device=device or "cpu")
+    return F.normalize(features.detach().float(), dim=-1)
+
+
+def pack(c, dtype):
+    """Coefficients (B, r) float32 -> as they are stored: coef (B, r), scale (B,), arrays. In int8
+    each row is quantised by itself, in steps of a 127th of its largest number."""
+    scale = torch.ones(len(c), dtype=torch.float32, device="cpu")
+    if dtype == "int8":
+        scale = c.abs().amax(dim=1).clamp_min(1e-12) / 127
+        c = (c / scale[:, None]).round_()
+    return c.numpy().astype(dtype), scale.numpy()
+
+
+def read_block(features, rows):
+    """Rows of features, an array or a tensor of any float type -> tensor (b, D)"""
+    block = features[rows.start : rows.stop]
+    if torch.is_tensor(block):
+        return block.detach()
+    return torch.from_numpy(np.array(block))
+
+
+def snippet_blocks(features, row_range, device, what):
+    """Yields a range of rows, and their snippets, unit-norm float32 (b, D), block by block.
+    InputError with the row numbers where features are zero, infinite or NaN."""
+    starts = range(0, len(row_range), BLOCK)
+    for i in tqdm(starts, what, unit="block", leave=False, delay=2, disable=rank_world()[0] > 0):
+        rows = row_range[i : i + BLOCK]
+        block = read_block(features, rows).to(device).float()
+        norm = block.norm(dim=1, keepdim=True)
+        unusable = (~norm.isfinite() | (norm == 0)).flatten().nonzero().flatten()
+        if len(unusable) > 0:
+            numbers = ", ".join(str(rows.start + int(row)) for row in unusable[:5])
+            more = "" if len(unusable) <= 5 else f" and {len(unusable) - 5} more"
+            raise InputError(f"features of row {numbers}{more} hold NaN, infinity, or zeros alone")
+        yield rows, block / norm
+
+
+def gram_sums(features, row_range, device):
+    """-> sum of s (D,), sum of s s^T (D, D), its upper triangle alone; float64"""
+    D = features.shape[1]
+    total = torch.zeros(D, dtype=torch.float64, device=device)
+    gram = torch.zeros(D, D, dtype=torch.float64, device=device)
+    for _, s in snippet_blocks(features, row_range, device, "mean and Gram matrix"):
+        if device.type != "cpu":
+            s = s.double()
+        total += s.sum(0)
+        for i in range(0, D, 128):
+            gram[i : i + 128, i:] += s[:, i : i + 128].T @ s[:, i:]
+    return total, gram
+
+
+def directions_of_many(features, row_range, distributed, device):
+    """For N >= D, by the D x D covariance: see principal_directions."""
+    total, gram = gram_sums(features, row_range, device)
+    if distributed:
+        all_reduce(total)
+        all_reduce(gram)
+    N = features.shape[0]
+    mean = total / N
+    covariance = gram / N - torch.outer(mean, mean)
+    values, vectors = torch.linalg.eigh(covariance, UPLO="U")  # ascending
+    return mean, vectors.flip(1).T.contiguous(), values.flip(0)
+
+
+def directions_of_few(features, device):
+    """For N < D, by the N x N Gram matrix of the centred snippets: see principal_directions."""
+    N = features.shape[0]
+    s = torch.cat([s for _, s in snippet_blocks(features, range(N), device, "snippets")]).double()
+    mean = s.mean(0)
+    values, vectors = torch.linalg.eigh((s - mean) @ (s - mean).T / N)  # ascending
+    # vectors' (s - mean) are the directions, not yet of unit norm; those of no energy are arbitrary
+    directions = torch.linalg.qr((vectors.flip(1).T @ (s - mean)).T)[0].T
+    return mean, directions, values.flip(0)
+
+
+def principal_directions(features, row_range, distributed, device):
+    """-> mean of the snippets (D,); eigenvectors of their covariance, orthonormal rows
+    (min(N, D), D), most energy first; the part of the variance that the first 1, 2, .. of them
+    keep. All float64; the same on all processes."""
+    N, D = features.shape
+    if N >= D:
+        mean, directions, values = directions_of_many(features, row_range, distributed, device)
+    else:
+        mean, directions, values = directions_of_few(features, device)
+    if distributed and rank_world()[1] > 1:
+        dist.broadcast(directions, 0)  # the last bit may differ between processes
+    values = values.clamp_min(0)
+    kept = values.cumsum(0) / values.sum().clamp_min(1e-30)
+    return mean, directions, kept.cpu()
+
+
+def check_build(shape, rank, dtype, labels):
+    """InputError for what MemoryBank.build cannot use."""
+    if len(shape) != 2 or shape[0] == 0:
+        raise InputError(f"features {tuple(shape)}: expected (N, D) with N > 0")
+    if not isinstance(rank, (int, np.integer)) or rank < 1:
+        raise InputError(f"rank {rank}: expected a whole number of at least 1, or full")
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype}: expected one of {', '.join(DTYPES)}")
+    if labels is not None and len(labels) != shape[0]:
+        raise InputError(f"{len(labels)} labels for {shape[0]} features")
+
+
+def float64_device(device):
+    """The device, or by default a GPU; a CPU in place of Apple's GPUs, which have no float64."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def split_by(s, mean, basis):
+    """Snippets s (B, D) -> coefficients c (B, r), rest (B, D): s = mean + c basis + rest.
+
+    A snippet is a direction. Where a multiple of it lies within the basis, as for the normalised
+    rows of a bank and their mixes, this multiple stands for it: its rest is zero."""
+    s_outside = s - s @ basis.T @ basis
+    mean_outside = mean - mean @ basis.T @ basis
+    if mean_outside.norm() > 1e-4:
+        factor = s_outside @ mean_outside / s_outside.square().sum(1).clamp_min(1e-30)
+        missing = (factor[:, None] * s_outside - mean_outside).norm(dim=1)
+        within = (factor > 0) & (missing < 1e-4 * factor)
+        s = torch.where(within[:, None], factor[:, None] * s, s)
+    c = (s - mean) @ basis.T
+    return c, s - mean - c @ basis
+
+
+def unpickled_bank(file, parts, id, device):
+    """What a pickled bank becomes, in this process or another one."""
+    bank = MemoryBank(*parts) if file is None else MemoryBank.load(file)
+    if bank.id != id:
+        raise InputError(f"{file} holds the bank {bank.id} now, not {id}, which was sent")
+    return bank if device.type == "cpu" else bank.to(device)
+
+
 # ---------------------------------------------------------------------------------- the memory bank
 
 
@@ -58,8 +270,9 @@ class InputError(ValueError):
 class MemoryBank:
     """N unit-norm snippets of D numbers: scale_i coef_i @ basis + mean, normalised. Read-only.
 
-    A full bank is one of rank D in float16. Several processes may share the file of a bank: it is
-    mapped into memory, and nothing is read before it is indexed."""
+    A full bank is one of rank D in float16. A bank that is loaded is mapped into memory: nothing is
+    read before it is indexed, and processes share it, also those that it is sent to (pickle).
+    Wherever (B, D) is taken, one vector (D,) is taken, too. Nothing here has a gradient."""
 
     mean: np.ndarray  # (D,) float32
     basis: np.ndarray  # (r, D) float32, orthonormal rows, most energy first
@@ -111,14 +324,16 @@ class MemoryBank:
             content.update(np.ascontiguousarray(array))
         return content.hexdigest()[:16]
 
+    # ---- a bank is made, kept, and sent
+
     @staticmethod
+    @isolated
     def build(
         features,
         rank=RANK,
         dtype="int8",
         labels=None,
         encoder="unknown",
-        energy=None,
         distributed=False,
         device=None,
     ):
@@ -126,35 +341,31 @@ class MemoryBank:
         than memory, or whatever has a shape and gives rows when sliced. They are read twice, in
         blocks: for mean and Gram matrix, whose eigenvectors are the basis, and for coefficients.
 
-        rank         directions kept, at most min(N, D), or "full": all, and float16 instead of int8
+        rank         directions kept, or "full": all, and float16 instead of int8; above min(N, D)
+                     it is lowered, with a warning
         dtype        of the coefficients, one of DTYPES
         labels       (N,) integers
         encoder      a name for what made the features
-        energy       in (0, 1): instead of a rank, the part of the variance that is kept
         distributed  every process of torch.distributed calls this and reads its share of the rows;
                      process 0 gets the bank, the others None. Without it nothing is sent or awaited
         device       where it is computed; None: a GPU, where there is one
-        InputError where a value is out of range, or features hold NaN or infinity.
+        InputError where a value is out of range, or features hold zeros alone, NaN or infinity.
         """
-        N, D = features.shape
         process, num_processes = rank_world() if distributed else (0, 1)
         if rank == "full":
-            rank = min(N, D)
+            rank = min(features.shape)
             if dtype == "int8":
                 dtype = "float16"
-        check_build(N, rank, dtype, labels, energy)
+        check_build(features.shape, rank, dtype, labels)
+        N, D = features.shape
         if rank > min(N, D):
-            if process == 0 and energy is None:
-                print(
-                    f"rank {rank} lowered to {min(N, D)}: there are {N:,} snippets of {D} numbers"
-                )
+            if process == 0:
+                lowered = f"rank {rank} lowered to {min(N, D)}: {N:,} snippets of {D} numbers"
+                warnings.warn(lowered, stacklevel=3)
             rank = min(N, D)
         device = float64_device(device)
-        bounds = [N * k // num_processes for k in range(num_processes + 1)]
-        share = range(bounds[process], bounds[process + 1])
-        mean, directions, kept = principal_directions(features, share, distributed, device)
-        if energy is not None:
-            rank = min(int((kept < energy).sum()) + 1, N, D)
+        row_range = range(N * process // num_processes, N * (process + 1) // num_processes)
+        mean, directions, kept = principal_directions(features, row_range, distributed, device)
         bank = MemoryBank(
             mean=mean.float().cpu().numpy(),
             basis=directions[:rank].float().cpu().numpy(),
@@ -164,14 +375,28 @@ class MemoryBank:
             energy=float(kept[rank - 1]),
             encoder=encoder,
         )
-        coef, scale = stored_rows(bank, features, share, device)
+        coef, scale = bank.stored_rows(features, row_range, device)
         if num_processes > 1:
-            coef = gather_rows(coef, bounds, device)
-            scale = gather_rows(scale, bounds, device)
-        if process > 0:
-            return None
+            shares = [None] * num_processes if process == 0 else None
+            dist.gather_object((coef, scale), shares, group=patient_group())
+            if process > 0:
+                return None
+            coef = np.concatenate([share[0] for share in shares])
+            scale = np.concatenate([share[1] for share in shares])
         labels = np.array([] if labels is None else labels, np.int64)
         return replace(bank, coef=coef, scale=scale, labels=labels, id="")
+
+    def stored_rows(self, features, row_range, device):
+        """Features of a range of rows -> coef (n, r), scale (n,), as this bank would store them"""
+        coef = np.empty((len(row_range), self.rank), self.coef.dtype)
+        scale = np.empty(len(row_range), np.float32)
+        mean, basis = self.tensors_on(device)
+        origin = -basis @ mean
+        for rows, s in snippet_blocks(features, row_range, device, "coefficients"):
+            c = torch.addmm(origin, s, basis.T)  # as project, without copies
+            place = slice(rows.start - row_range.start, rows.stop - row_range.start)
+            coef[place], scale[place] = pack(c.cpu(), coef.dtype)
+        return coef, scale
 
     def save(self, path, overwrite=False):
         """One file, which torch.load(weights_only=True) reads too. InputError where another bank
@@ -181,7 +406,9 @@ class MemoryBank:
         state = {}
         for field in fields(self):
             value = getattr(self, field.name)
-            state[field.name] = torch.tensor(value) if isinstance(value, np.ndarray) else value
+            if isinstance(value, np.ndarray):
+                value = torch.tensor(value, device="cpu")
+            state[field.name] = value
         with atomic_write(path) as temporary:
             torch.save(state, temporary)
 
@@ -194,7 +421,7 @@ class MemoryBank:
             for field in fields(MemoryBank):
                 value = state[field.name]
                 parts[field.name] = value.numpy() if torch.is_tensor(value) else value
-            return MemoryBank(**parts)
+            bank = MemoryBank(**parts)
         except OSError:
             raise
         except KeyError as e:
@@ -202,57 +429,213 @@ class MemoryBank:
         except Exception as e:  # of any type, where the bytes are not torch's
             reason = f"{type(e).__name__} {str(e)[:100]}"
             raise InputError(f"{path} is damaged, or no memory bank: {reason}") from e
+        object.__setattr__(bank, "file", os.path.abspath(path))
+        return bank
+
+    def __reduce__(self):
+        """Pickled by the name of its file, where it was loaded; else by its arrays."""
+        file = getattr(self, "file", None)
+        parts = None
+        if file is None:
+            parts = tuple(getattr(self, field.name) for field in fields(self))
+        return unpickled_bank, (file, parts, self.id, self.device)
+
+    def __deepcopy__(self, memo):
+        return self  # nobody can change it
+
+    def to(self, device):
+        """-> the same bank, whose rows are kept on device: bank[index] and the rest are then
+        computed there. Mean, basis, coef and scale go on being arrays on the CPU, too."""
+        bank = replace(self)
+        if hasattr(self, "file"):
+            object.__setattr__(bank, "file", self.file)
+        stored = (torch.tensor(self.coef, device=device), torch.tensor(self.scale, device=device))
+        object.__setattr__(bank, "rows_on_device", stored)
+        return bank
+
+    @property
+    def device(self):
+        """torch.device of the snippets that bank[index] gives"""
+        stored = getattr(self, "rows_on_device", None)
+        return torch.device("cpu") if stored is None else stored[0].device
+
+    @cached_property
+    def device_tensors(self):
+        return {}
+
+    @cached_property
+    def row_numbers(self):
+        return np.arange(len(self))
+
+    def tensors_on(self, device):
+        """-> mean, basis as tensors, copied to a device once"""
+        if device not in self.device_tensors:
+            mean = torch.tensor(self.mean, device=device)
+            self.device_tensors[device] = (mean, torch.tensor(self.basis, device=device))
+        return self.device_tensors[device]
+
+    # ---- rows to snippets, and back
+
+    @isolated
+    def coefficients(self, index):
+        """Rows by any index -> c, float32 (..., r), on the bank's device. IndexError out of range."""
+        stored = getattr(self, "rows_on_device", None)
+        if torch.is_tensor(index) and index.device.type == "cpu":
+            index = index.numpy()
+        if stored is None:
+            if torch.is_tensor(index):
+                index = index.cpu().numpy()
+            coef = torch.from_numpy(np.array(self.coef[index]))  # copies: the bank is read-only
+            scale = torch.from_numpy(np.array(self.scale[index]))
+        else:
+            if not torch.is_tensor(index):  # IndexError here, not in a kernel
+                index = torch.from_numpy(np.array(self.row_numbers[index])).to(self.device)
+            coef = stored[0][index]
+            scale = stored[1][index]
+        return coef.float() * scale[..., None]
 
     def __getitem__(self, index):
-        """An int -> (D,); a slice, list, array or tensor of B indices -> (B, D); unit-norm float32.
-        IndexError out of range."""
-        if torch.is_tensor(index):
-            index = index.cpu().numpy()
-        coef = torch.from_numpy(np.array(self.coef[index]))  # copies, as the bank is read-only
-        scale = torch.from_numpy(np.array(self.scale[index]))
-        return self.unpack(coef, scale)
+        """An int -> (D,); a slice, list, array or tensor of B indices -> (B, D); unit-norm float32,
+        on the bank's device. IndexError out of range."""
+        return self.decode(self.coefficients(index))
 
+    @isolated
     def unpack(self, coef, scale):
         """Stored rows, coef (..., r) and scale (...), on any device -> snippets (..., D)"""
         return self.decode(coef.float() * scale[..., None])
 
+    @isolated
     def decode(self, coef):
-        """coefficients (..., r) float32 -> snippets (..., D), unit-norm"""
-        mean, basis = self.on(coef.device)
-        return F.normalize(F.linear(coef, basis.T, mean), dim=-1)
+        """coefficients (..., r), any float type -> snippets (..., D), unit-norm float32"""
+        mean, basis = self.tensors_on(coef.device)
+        return F.normalize(F.linear(coef.float(), basis.T, mean), dim=-1)
 
+    @isolated
     def project(self, features):
-        """features (B, D), any norm -> coefficients (B, r) float32"""
-        s = unit_norm(features)
-        mean, basis = self.on(s.device)
+        """features (..., D), any norm -> coefficients (..., r) float32"""
+        s = unit_norm(features, self.device)
+        mean, basis = self.tensors_on(s.device)
         return (s - mean) @ basis.T
 
-    def nearest(self, features, k=1):
-        """features (B, D), any norm -> cosine (B, k), index (B, k) of the k most similar snippets.
-        All B x N cosines are held at once."""
-        s = unit_norm(features)
-        starts = range(0, len(self), BLOCK)
-        cosine = torch.cat([s @ self[i : i + BLOCK].to(s.device).T for i in starts], dim=1)
-        return cosine.topk(min(k, len(self)))
+    # ---- which rows are near
 
+    @isolated
+    def nearest(self, features, k=1):
+        """features (B, D), any norm -> cosine (B, k), index (B, k) of the k most similar snippets,
+        the most similar first; k at most N. B x 4096 cosines are held at once."""
+        if k < 1:
+            raise InputError(f"k {k}: expected 1 or more")
+        s = unit_norm(features, self.device)
+        cosine, index = self.search(s.reshape(-1, self.dim), k, np.arange(len(self)))
+        return cosine.reshape(*s.shape[:-1], -1), index.reshape(*s.shape[:-1], -1)
+
+    def search(self, s, k, rows):
+        """s (B, D) unit-norm; the indices of the rows that are compared, an array -> cosine (B, k),
+        index (B, k). It takes r + 1 numbers of each, not D: with p = basis s and m = basis mean,
+
+        cos(s, s_i) = (c_i.p + mean.s) / |c_i basis + mean|
+                    = (c_i, 1).(p, mean.s) / sqrt(|c_i|^2 + 2 c_i.m + |mean|^2)
+        """
+        mean, basis = self.tensors_on(s.device)
+        queries = torch.cat([s @ basis.T, (s @ mean)[:, None]], dim=1)  # (B, r + 1)
+        cosine = s.new_empty(len(s), 0)
+        index = torch.empty(len(s), 0, dtype=torch.int64, device=s.device)
+        for i in range(0, len(rows), BLOCK):
+            block = rows[i : i + BLOCK]
+            c = self.coefficients(block).to(s.device)
+            square = c.square().sum(1) + 2 * (c @ (basis @ mean)) + mean @ mean
+            compared = torch.cat([c, c.new_ones(len(c), 1)], dim=1)
+            compared /= square.clamp_min(1e-20).sqrt()[:, None]
+            best, place = (queries @ compared.T).topk(min(k, len(block)))
+            cosine = torch.cat([cosine, best], dim=1)
+            index = torch.cat([index, torch.from_numpy(block).to(s.device)[place]], dim=1)
+            cosine, place = cosine.topk(min(k, cosine.shape[1]))
+            index = index.gather(1, place)
+        return cosine, index
+
+    @cached_property
+    def distinct(self):
+        """-> label of each row (N,), 0 where the bank has none; for each row the first row equal to
+        it, of the same label (N,); these first rows, in the order of their labels (U,)"""
+        labels = self.labels if len(self.labels) else np.zeros(len(self), np.int64)
+        parts = [self.coef, self.scale[:, None], labels[:, None]]
+        stored = [np.ascontiguousarray(part).view(np.uint8) for part in parts]
+        row_bytes = np.ascontiguousarray(np.concatenate(stored, axis=1))
+        row_bytes = row_bytes.view(np.dtype((np.void, row_bytes.shape[1]))).ravel()
+        _, first, inverse = np.unique(row_bytes, return_index=True, return_inverse=True)
+        return labels, first[inverse], first[np.argsort(labels[first], kind="stable")]
+
+    @isolated
+    def neighbours(self, rows, k, same_class=True):
+        """rows (B,) -> cosine (B, k), index (B, k) of the k other rows most similar to each, the
+        most similar first; of its own class, where the bank has labels. Equal rows are one row.
+        Where there are fewer than k: cosine -1, index -1."""
+        rows = np.asarray(torch.as_tensor(rows).cpu()).reshape(-1)
+        labels, representative, first_rows = self.distinct
+        cosine = torch.full((len(rows), k), -1.0, dtype=torch.float32, device=self.device)
+        index = torch.full((len(rows), k), -1, dtype=torch.int64, device=self.device)
+        groups = [(np.arange(len(rows)), first_rows)]
+        if same_class:
+            groups = []
+            for label in np.unique(labels[rows]):
+                start, stop = np.searchsorted(labels[first_rows], [label, label + 1])
+                groups.append((np.flatnonzero(labels[rows] == label), first_rows[start:stop]))
+        for places, candidates in groups:
+            found = self.search(self[rows[places]], k + 1, candidates)
+            own = torch.from_numpy(representative[rows[places]]).to(self.device)
+            other_cosine = found[0].masked_fill(found[1] == own[:, None], -2)  # the row itself
+            count = min(k, len(candidates) - 1)
+            best, order = other_cosine.topk(count)
+            places = torch.from_numpy(places).to(self.device)
+            cosine[places, :count] = best
+            index[places, :count] = found[1].gather(1, order)
+        return cosine, index
+
+    @isolated
+    def around(self, rows, noise, spread=1.0):
+        """New snippets (B, D) that belong to no row: each a row plus a Gaussian with the covariance
+        of its k neighbours, times spread^2 (manifold Parzen windows, Vincent and Bengio, NIPS 2002)
+
+            c_i + spread / sqrt(k) sum_j noise_j (c_j - mean of the c_j)     j: neighbours of row i
+
+        rows   (B,) row numbers
+        noise  (B, k) standard normal numbers; k is the number of neighbours, at most
+        A row with fewer than k neighbours (of its class) takes those that there are; one with less
+        than two has no covariance, and comes back as it is."""
+        noise = torch.as_tensor(noise, dtype=torch.float32, device=self.device)
+        rows = torch.as_tensor(rows, device="cpu")
+        k = noise.shape[-1]
+        _, index = self.neighbours(rows, k)
+        there = (index >= 0).float()[..., None]  # (B, k, 1)
+        count = there.sum(1, keepdim=True).clamp_min(1)
+        c_j = self.coefficients(index.clamp_min(0)) * there  # (B, k, r)
+        deviation = (c_j - c_j.sum(1, keepdim=True) / count) * there
+        step = (noise.reshape(-1, k, 1) * deviation / count.sqrt()).sum(1)
+        new = self.coefficients(rows.reshape(-1)) + spread * step
+        return self.decode(new).reshape(*rows.shape, self.dim)
+
+    # ---- rows are added
+
+    @isolated
     def extend(self, features, limit=None, labels=None):
         """-> a new bank: the rows of this one, which stay what they are, then features (B, D).
-        What the basis lacks of them becomes new directions, most energy first.
+        What the basis lacks of them becomes new directions, most energy first: up to one for each
+        image, so the rank grows from call to call. The whole bank is copied: add images in one
+        call rather than in many. Mixes of rows lie within the basis and add no direction.
 
         limit   how many new directions at most; None: all beyond rounding
         labels  (B,) of the new rows
         """
-        s = unit_norm(features).double()
-        mean, basis = (part.double() for part in self.on(s.device))
-        c = (s - mean) @ basis.T
-        rest = s - mean - c @ basis
+        s = unit_norm(features).cpu().double().reshape(-1, self.dim)
+        mean, basis = (part.double() for part in self.tensors_on(torch.device("cpu")))
+        c, rest = split_by(s, mean, basis)
         _, size, new = torch.linalg.svd(rest, full_matrices=False)
         new = new[size > 1e-4][:limit]
         new = new - new @ basis.T @ basis  # the basis is orthonormal to rounding only
         new = torch.linalg.qr(new.T)[0].T
 
         c = torch.cat([c, rest @ new.T], dim=1)
-        coef, scale = pack(c.float().cpu(), self.coef.dtype)
+        coef, scale = pack(c.float(), self.coef.dtype)
         old_labels = self.labels
         if labels is not None and len(old_labels) == 0:
             old_labels = np.full(len(self), -1)
@@ -260,23 +643,12 @@ class MemoryBank:
             labels = np.full(len(s) if len(old_labels) else 0, -1)
         return replace(
             self,
-            basis=torch.cat([basis, new]).float().cpu().numpy(),
+            basis=torch.cat([basis, new]).float().numpy(),
             coef=np.concatenate([np.pad(self.coef, ((0, 0), (0, len(new)))), coef]),
             scale=np.concatenate([self.scale, scale]),
-            labels=np.concatenate([old_labels, labels]),
+            labels=np.concatenate([old_labels, np.asarray(labels)]),
             id="",
         )
-
-    @cached_property
-    def copies(self):
-        return {}
-
-    def on(self, device):
-        """-> mean, basis as tensors, copied to a device once"""
-        if device not in self.copies:
-            mean = torch.tensor(self.mean, device=device)
-            self.copies[device] = (mean, torch.tensor(self.basis, device=device))
-        return self.copies[device]
 
     def __str__(self):
         size = sum(a.nbytes for a in (self.mean, self.basis, self.coef, self.scale)) / 1e6
@@ -288,268 +660,32 @@ class MemoryBank:
         )
 
 
-def check_build(N, rank, dtype, labels, energy):
-    """InputError for what MemoryBank.build cannot use."""
-    if N == 0:
-        raise InputError("a bank of no features; expected (N, D), N > 0")
-    if not isinstance(rank, (int, np.integer)) or rank < 1:
-        raise InputError(f"rank {rank}: expected a whole number of at least 1, or full")
-    if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype}: expected one of {', '.join(DTYPES)}")
-    if labels is not None and len(labels) != N:
-        raise InputError(f"{len(labels)} labels for {N} features")
-    if energy is not None and not 0 < energy < 1:
-        raise InputError(f"energy {energy}: expected a part of the variance, between 0 and 1")
-
-
-def float64_device(device):
-    """The device, or by default a GPU; a CPU in place of Apple's GPUs, which have no float64."""
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return torch.device("cpu") if device.type == "mps" else device
-
-
-def unit_norm(features):
-    """(B, D) of any float type -> float32 rows of norm 1"""
-    return F.normalize(torch.as_tensor(features).float(), dim=-1)
-
-
-def snippet_blocks(features, share, device, what):
-    """Yields (row, counted from the share's first; unit-norm float32 rows), a block at a time."""
-    starts = range(0, len(share), BLOCK)
-    for i in tqdm(starts, what, unit="block", leave=False, delay=2, disable=rank_world()[0] > 0):
-        rows = share[i : i + BLOCK]
-        block = features[rows.start : rows.stop]
-        if not torch.is_tensor(block):
-            block = torch.from_numpy(np.array(block))
-        block = block.to(device).float()
-        norm = block.norm(dim=1, keepdim=True)
-        if not norm.isfinite().all():
-            raise InputError(f"features {rows.start} to {rows.stop - 1} hold NaN or infinity")
-        yield i, block / norm.clamp_min(1e-12)
-
-
-def principal_directions(features, share, distributed, device):
-    """-> mean of the snippets (D,); eigenvectors of their covariance (D, D), as rows, most energy
-    first; the part of the variance that the first 1 .. D of them keep (D,); all float64"""
-    N, D = features.shape
-    total = torch.zeros(D, dtype=torch.float64, device=device)
-    gram = torch.zeros(D, D, dtype=torch.float64, device=device)  # sum of s s^T
-    for _, s in snippet_blocks(features, share, device, "mean and Gram matrix"):
-        if device.type != "cpu":
-            s = s.double()  # products in float32 may be rounded to TF32
-        total += s.sum(0)
-        for i in range(0, D, 128):  # the upper triangle is enough
-            gram[i : i + 128, i:] += s[:, i : i + 128].T @ s[:, i:]
-    if distributed:
-        all_reduce(total)
-        all_reduce(gram)
-    mean = total / N
-    values, vectors = torch.linalg.eigh(gram / N - torch.outer(mean, mean), UPLO="U")  # ascending
-    directions = vectors.flip(1).T.contiguous()
-    if distributed and rank_world()[1] > 1:
-        dist.broadcast(directions, 0)  # the last bit may differ between processes
-    values = values.flip(0).clamp_min(0)
-    kept = values.cumsum(0) / values.sum().clamp_min(1e-30)
-    return mean, directions, kept.cpu()
-
-
-def pack(c, dtype):
-    """Coefficients (B, r) float32 -> as they are stored: coef (B, r), scale (B,), arrays. In int8
-    each row is quantised by itself, in steps of a 127th of its largest number."""
-    scale = torch.ones(len(c))
-    if dtype == "int8":
-        scale = c.abs().amax(dim=1).clamp_min(1e-12) / 127
-        c = (c / scale[:, None]).round_()
-    return c.numpy().astype(dtype), scale.numpy()
-
-
-def stored_rows(bank, features, share, device):
-    """-> coef, scale of the rows of a share, by the basis and in the dtype of a bank"""
-    coef = np.empty((len(share), bank.rank), bank.coef.dtype)
-    scale = np.empty(len(share), np.float32)
-    mean, basis = bank.on(device)
-    origin = -basis @ mean
-    for i, s in snippet_blocks(features, share, device, "coefficients"):
-        c = torch.addmm(origin, s, basis.T)  # as project, without copies
-        rows = slice(i, i + len(s))
-        coef[rows], scale[rows] = pack(c.cpu(), coef.dtype)
-    return coef, scale
-
-
-def gather_rows(share, bounds, device, block=2**20):
-    """-> the rows of all processes on process 0, None on the others.
-
-    bounds  where the share of each process begins, and where the last one ends
-    Rows travel through the device, as nccl takes no others.
-    """
-    if rank_world()[0] > 0:
-        for rows in torch.from_numpy(share).split(block):
-            dist.send(rows.to(device), 0)
-        return None
-    whole = np.empty((bounds[-1], *share.shape[1:]), share.dtype)
-    whole[: len(share)] = share
-    for k in range(1, len(bounds) - 1):
-        for rows in torch.from_numpy(whole[bounds[k] : bounds[k + 1]]).split(block):
-            received = torch.empty_like(rows, device=device)
-            dist.recv(received, k)
-            rows.copy_(received)
-    return whole
-
-
-def mask(s, ratio, generator=None):
-    """Dropout: a random part of the entries of s (B, D) is zero, the rest divided by 1 - ratio."""
-    keep = torch.rand(s.shape, generator=generator) >= ratio
-    return s * keep.to(s.device) / (1 - ratio)
-
-
-def slerp(a, b, alpha):
-    """From a to b along the great circle, by a part alpha of the angle between them; unit-norm."""
-
-    def across(v):
-        return v - (v * a).sum(-1, keepdim=True) * a
-
-    side = across(b)
-    gap = side.norm(dim=-1, keepdim=True)
-    angle = alpha * torch.atan2(gap, (a * b).sum(-1, keepdim=True))
-    axis = F.one_hot(a.abs().argmin(-1), a.shape[-1]).to(a)
-    side = torch.where(gap < 1e-5, across(axis), side)  # equal or opposite: any way round will do
-    return angle.cos() * a + angle.sin() * F.normalize(side, dim=-1)
-
-
-def mix(a, b, alpha, method="slerp", generator=None):
-    """Snippets between a and b (..., D) -> (..., D), unit-norm.
-
-    alpha   0 is a, 1 is b; a number or (..., 1)
-    method  slerp (along the great circle), lerp (along the chord), concat (the first entries from
-            a, the last from b) or mask (a random part of the entries from b); InputError for others
-    """
-    a = F.normalize(a, dim=-1)
-    b = F.normalize(b, dim=-1)
-    D = a.shape[-1]
-    alpha = torch.as_tensor(alpha, dtype=a.dtype, device=a.device)
-    arc = slerp(a, b, alpha)
-    if method == "slerp":
-        return arc
-    if method == "lerp":
-        mixed = torch.lerp(a, b, alpha)
-    elif method == "concat":
-        mixed = torch.where(torch.linspace(1, 0, D + 1, device=a.device)[1:] < alpha, b, a)
-    elif method == "mask":
-        mixed = torch.where(torch.rand(D, generator=generator).to(a.device) < alpha, b, a)
-    else:
-        raise InputError(f"unknown method {method} of mixing; known: slerp, lerp, concat, mask")
-    vanished = mixed.norm(dim=-1, keepdim=True) < 1e-4  # halfway between opposite ones
-    return F.normalize(torch.where(vanished, arc, mixed), dim=-1)
-
-
-def coefficients(bank, rows):
-    """-> (B, r) float32"""
-    return torch.from_numpy(bank.coef[rows] * bank.scale[rows, None])
-
-
-def new_prior(bank, rows):
-    """-> model.SnippetPrior, not fitted yet; the labels of all rows (N,), the null label where
-    there is none; rows: those that it will be fitted to"""
-    from model import SnippetPrior
-
-    num_classes = 0
-    labels = np.zeros(len(bank), np.int64)
-    if len(bank.labels) > 0:
-        num_classes = int(bank.labels.max()) + 1
-        labels = np.where(bank.labels < 0, num_classes, bank.labels)
-    prior = SnippetPrior(bank.rank, num_classes)
-    some = coefficients(bank, rows[:100_000])
-    prior.mean.copy_(some.mean(0))
-    prior.std.copy_((some - prior.mean).std().clamp_min(1e-8))
-    prior.counts.copy_(torch.from_numpy(np.bincount(labels, minlength=num_classes + 1)))
-    return prior, labels
-
-
-def median_distance(c, rows):
-    """Median distance of coefficients c (B, r) to the nearest of rows (N, r)"""
-    return torch.cdist(c, rows).amin(1).quantile(0.5).item()
-
-
-@torch.no_grad()
-def judge_prior(prior, c, z, t, y, rows):
-    """-> the loss on held-out coefficients c (B, r), with noise z, times t, labels y; and how far
-    what the prior draws is from the fitted rows (N, r), as a multiple of what held-out rows are"""
-    loss = prior.loss(c, z, t, y).item()
-    drawn = prior.sample(z[:512], y[:512], steps=10)
-    return loss, median_distance(drawn, rows) / max(median_distance(c[:512], rows), 1e-9)
-
-
-def fit_prior(bank, steps=5500, batch_size=256, lr=4e-3, seed=0, device=None):
-    """The distribution of a bank's snippets, by label where it has labels -> model.SnippetPrior
-
-    A tenth of the rows (at most 4,096) is held out, and says which moving average of the weights is
-    returned: the one of least loss on them, or, where that one draws snippets farther from the
-    fitted rows than held-out rows are, the first later one that does not. (Still later ones draw
-    the bank's rows again.) The fit ends after 500 steps without a better one. It seeds torch's
-    default generator. InputError for a bank of less than 10 rows.
-    """
-    N = len(bank)
-    if N < 10:
-        raise InputError(f"a prior over {N} snippets: at least 10 are needed")
-    torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    held_out, rows = np.split(rng.permutation(N), [min(N // 10, BLOCK)])
-    prior, labels = new_prior(bank, rows)
-    prior.to(device)
-
-    def read(rows):
-        """-> coefficients (B, r), labels (B,)"""
-        return coefficients(bank, rows).to(device), torch.from_numpy(labels[rows]).to(device)
-
-    ema = AveragedModel(prior, multi_avg_fn=get_ema_multi_avg_fn(0.995))
-    optimizer = torch.optim.AdamW(prior.parameters(), lr, weight_decay=0, fused=True)
-    schedule = LinearLR(optimizer, 1, 0, steps)
-
-    # each held-out row several times, with other noise
-    held_c, held_y = read(np.resize(held_out, BLOCK))
-    held = (held_c, torch.randn_like(held_c), torch.rand(BLOCK, device=device), held_y)
-    fitted_c, _ = read(rows[:30_000])
-    kept_distance = float("inf")
-    least_loss = float("inf")
-    bar = tqdm(range(1, steps + 1), "fitting the prior", unit="step")
-    for step in bar:
-        c, y = read(rng.choice(rows, batch_size))
-        z = torch.randn_like(c)
-        t = torch.rand(batch_size, device=device)
-        keep = torch.rand(batch_size, device=device) >= 0.1
-        loss = prior.loss(c, z, t, torch.where(keep, y, prior.num_classes))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        ema.update_parameters(prior)
-        if step % 100 == 0 or step == steps:
-            held_loss, distance = judge_prior(ema.module, *held, fitted_c)
-            bar.set_postfix(loss=loss.item(), held_out=held_loss, distance=distance)
-            if held_loss < least_loss or kept_distance > 1:
-                kept = copy.deepcopy(ema.module)
-                kept_step = step
-                kept_distance = distance
-                least_loss = min(held_loss, least_loss)
-            elif step - kept_step >= 500:
-                bar.close()
-                break
-    print(
-        f"prior: held-out loss at best {least_loss:.4f}; after {kept_step:,} steps, of {step:,}, "
-        f"what it draws is {kept_distance:.2f} times as far from the rows as held-out ones are"
-    )
-    return kept.eval()
-
+# ======================== end of the core: images, tokenizers, encoders, preparation, commands ====
 
 # ------------------------------------------------------------------------------------------- images
 
 
 def to_rgb(image):
-    """PIL image of any mode -> RGB, upright, transparency on white."""
+    """PIL image -> RGB of 8 bits: upright, transparency on white, 16-bit grey scaled by 1 / 257.
+
+    InputError: its brightness has no defined range (floats, 32-bit integers).
+    """
+    # 16-bit grey is mode I;16. Of PGM, and of PNG by older versions of Pillow, it is I.
+    is_grey_16 = image.mode.startswith("I;16")
+    if image.mode == "I" and image.format in ("PNG", "PPM"):
+        is_grey_16 = True
+    elif image.mode in ("I", "F"):
+        raise InputError(
+            f"mode {image.mode}, 32-bit numbers, has no defined black and white: "
+            "save the image with 8 or 16 bits"
+        )
+    bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # a TIFF may have 12 of the 16
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey
-        grey = np.asarray(image).clip(0, 65535) / 257
-        image = Image.fromarray(grey.astype(np.uint8))
+    if is_grey_16:
+        grey = np.asarray(image).astype(np.float64)
+        alpha = np.where(grey == image.info.get("transparency"), 0, 255)
+        grey = np.rint(grey * 255 / (2**bits - 1))
+        image = Image.fromarray(np.stack([grey, alpha], 2).astype(np.uint8))  # of mode LA
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -568,55 +704,107 @@ def center_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
-def is_broken(file):
+def read_image(path, draft=None):
+    """-> RGB PIL image; draft: a size that is enough, so that a JPEG is decoded smaller.
+    InputError, which says what is wrong with the file."""
     try:
-        with Image.open(file) as image:
-            image.draft("RGB", (64, 64))  # a JPEG at an eighth of its size: errors show as well
-            image.load()
-    except Exception:  # noqa: BLE001 - whatever the bytes of a damaged file make Pillow do
-        return True
-    return False
+        with Image.open(path) as file:
+            if draft is not None:
+                file.draft("RGB", (draft, draft))
+            return to_rgb(file)
+    except Exception as e:  # whatever the bytes of a damaged file make Pillow do
+        reason = str(e)
+        if isinstance(e, Image.DecompressionBombError):
+            reason += "; for an image that you trust: --max-pixels N"
+        raise InputError(f"{path} cannot be read as an image: {reason}") from e
+
+
+def fault_of(path):
+    """-> what is wrong with an image, "" if nothing is"""
+    try:
+        read_image(path, draft=64)
+    except InputError as e:
+        return str(e)
+    return ""
 
 
 def broken_images(files):
-    """-> the set of those files that do not decode; of several processes each tries a share"""
+    """-> {path: what is wrong} of the files that cannot be read; of several processes each tries
+    a share"""
     process, num_processes = rank_world()
     share = files[process::num_processes]
-    with ThreadPool(THREADS) as pool:
-        found = pool.imap(is_broken, share, 16)
-        bar = tqdm(found, "checking files", len(share), unit="img", disable=process > 0)
-        broken = [file for file, bad in zip(share, bar) if bad]
-    shares = [broken]
+    faults = decoding_threads().imap(fault_of, share, 16)
+    bar = tqdm(faults, "checking files", len(share), unit="img", disable=process > 0)
+    broken = {file: fault for file, fault in zip(share, bar) if fault}
     if num_processes > 1:
         shares = [None] * num_processes
         dist.all_gather_object(shares, broken)
-    return set().union(*shares)
+        for other in shares:
+            broken.update(other)
+    return broken
 
 
-def image_files(folder):
-    """-> sorted paths of all images below a folder; hidden folders are passed over"""
-    known = Image.registered_extensions()
+def image_files(folder, skip=None):
+    """-> sorted paths of the images below a folder; which files are left out, in words, or "".
+
+    Hidden files and folders are passed over, and so is the folder `skip`. Links are followed, but
+    not to what holds the folder itself; a real folder is walked once, however many links lead to it.
+    InputError: a folder cannot be listed.
+    """
+
+    def refuse(error):
+        raise InputError(f"the folder {error.filename} cannot be listed: {error.strerror}")
+
+    done = set()
+    if skip is not None:
+        done.add(os.path.realpath(skip))
     files = []
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [os.path.join(place, n) for n in names if os.path.splitext(n)[1].lower() in known]
-    return sorted(files)
+    roots = [folder]
+    for root in roots:  # links to folders are added to it: real folders come first
+        for place, folders, names in os.walk(root, onerror=refuse):
+            real_place = os.path.realpath(place)
+            holds_folder = os.path.realpath(folder).startswith(os.path.join(real_place, ""))
+            if real_place in done or holds_folder:
+                folders.clear()
+                continue
+            done.add(real_place)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            subfolders = [os.path.join(place, name) for name in folders]
+            roots += [path for path in subfolders if os.path.islink(path)]
+            files += [os.path.join(place, name) for name in names if not name.startswith(".")]
+
+    known = Image.registered_extensions()
+    images = [file for file in files if os.path.splitext(file)[1].lower() in known]
+    others = Counter(os.path.splitext(file)[1].lower() for file in set(files).difference(images))
+    counts = [f"{count:,} {ending or 'without'}" for ending, count in others.most_common(5)]
+    left_out = ""
+    if counts:
+        left_out = f"{others.total():,} files left out for their ending: {', '.join(counts)}"
+    return sorted(images), left_out
 
 
-def read_folder(src, skip_bad=False):
-    """-> paths of images, labels (list; -1: none), classes (the sub-folders)"""
-    files = image_files(src)
+def path_parts(path):
+    return path.split(os.sep)
+
+
+def read_folder(src, skip_bad=False, out=None):
+    """-> paths of images, labels (list; -1: none), classes (the sub-folders); out: passed over"""
+    files, left_out = image_files(src, out)
+    if left_out:
+        note(f"{src}: {left_out}")
     if not files:
-        raise InputError(f"no images in the folder {src}")
+        raise InputError(f"no images in the folder {src}; expected are files such as .png or .jpg")
     broken = broken_images(files)
     if broken:
         names = ", ".join(sorted(os.path.relpath(file, src) for file in broken))
         message = f"{len(broken):,} of {len(files):,} files in {src} do not decode: {names}"
         if not skip_bad or len(broken) == len(files):
-            raise InputError(f"{message}; --skip-bad goes on without them")
-        print(message)
+            first = broken[min(broken)]
+            raise InputError(f"{message}; --skip-bad goes on without them. The first: {first}")
+        note(message)
 
-    files = [file for file in files if file not in broken]
+    # in the order of torchvision's ImageFolder: class by class
+    files = sorted((file for file in files if file not in broken), key=path_parts)
     folders = [os.path.dirname(os.path.relpath(file, src)).split(os.sep)[0] for file in files]
     classes = sorted(set(folders) - {""})
     if classes and "" in folders:
@@ -625,7 +813,10 @@ def read_folder(src, skip_bad=False):
         )
     if not classes:
         return files, [-1] * len(files), []
-    return files, [classes.index(folder) for folder in folders], classes
+    if {"train", "val", "valid", "validation", "test"}.issuperset(classes):
+        note(f"{src}: the classes are {', '.join(classes)}; for one of these sets give its folder")
+    number = {name: i for i, name in enumerate(classes)}
+    return files, [number[folder] for folder in folders], classes
 
 
 def read_array(src):
@@ -651,6 +842,11 @@ def read_array(src):
         raise InputError(
             f"{src} holds labels {labels.dtype} {labels.shape} for {len(images)} images"
         )
+    if labels.max() > max(1000, len(images)):
+        raise InputError(
+            f"{src}: the largest label is {labels.max()} for {len(images):,} images; expected are "
+            "classes 0, 1, 2, .. (-1: none): number them by numpy.unique(.., return_inverse=True)"
+        )
     return images, labels, [str(i) for i in range(int(labels.max()) + 1)]
 
 
@@ -658,24 +854,25 @@ class Images:
     """images[i] -> uint8 (size, size, 3), of a source as the head of this file has it.
 
     With flip the mirrored images come after the others. labels: (N,) int64, -1 where there is none;
-    classes: their names, [] without labels.
+    classes: their names, [] without labels; files: their paths, None for arrays.
     """
 
-    def __init__(self, src, size, skip_bad=False, flip=False):
+    def __init__(self, src, size, skip_bad=False, flip=False, out=None):
         self.size = size
         self.flip = flip
         self.files = None
         if is_glyphs(src):
+            if os.path.exists(src):
+                note(f"{src} is the embedded data set here; ./{src} is what you have by that name")
             self.classes = list(src.partition(":")[2] or LETTERS)
             self.array, labels = glyphs(size=size, characters=self.classes)
         elif os.path.isdir(src):
-            self.files, labels, self.classes = read_folder(src, skip_bad)
+            self.files, labels, self.classes = read_folder(src, skip_bad, out)
         elif src.endswith((".npy", ".npz")):
             self.array, labels, self.classes = read_array(src)
         else:
             self.files, labels, self.classes = [src], [-1], []
         self.labels = np.tile(labels, 1 + flip).astype(np.int64)
-        self.threads = ThreadPool(THREADS)
         self[0]  # errors come now
 
     def __len__(self):
@@ -683,7 +880,7 @@ class Images:
 
     def batch(self, rows):
         """-> uint8 tensor (B, size, size, 3), decoded by several threads"""
-        return torch.from_numpy(np.stack(self.threads.map(self.__getitem__, rows)))
+        return torch.from_numpy(np.stack(decoding_threads().map(self.__getitem__, rows)))
 
     def __getitem__(self, i):
         mirrored = self.flip and i >= len(self) // 2
@@ -692,13 +889,16 @@ class Images:
         if self.files is None:
             image = Image.fromarray(self.array[i])
         else:
-            try:
-                with Image.open(self.files[i]) as file:
-                    image = to_rgb(file)
-            except Exception as e:  # whatever the bytes of a damaged file make Pillow do
-                raise InputError(f"{self.files[i]} cannot be read as an image: {e}") from e
+            image = read_image(self.files[i])
         x = np.array(center_crop(image, self.size))
         return x[:, ::-1].copy() if mirrored else x
+
+
+@cache
+def decoding_threads():
+    threads = ThreadPool(THREADS)
+    atexit.register(threads.terminate)
+    return threads
 
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -749,6 +949,19 @@ def glyphs(n=10400, size=16, seed=0, characters=LETTERS):
 # -------------------------------------------------------------------------- tokenizers and encoders
 
 
+def from_model(name):
+    """A function of model.py, which holds the networks. It is imported here and nowhere else."""
+    try:
+        import model
+
+        return getattr(model, name)
+    except (ImportError, AttributeError) as e:
+        place = os.path.dirname(os.path.abspath(__file__))
+        raise InputError(
+            f"{name} is in GMem's model.py: put that file into {place}, under this name ({e})"
+        ) from e
+
+
 class Pixels:
     """No tokenizer: images (B, 3, H, W) in [-1, 1] <-> 0 .. 255, uint8 on disk."""
 
@@ -759,33 +972,29 @@ class Pixels:
     def encode(self, x):
         return ((x + 1) * 127.5).round()
 
-    def decode(self, z):
+    def decode(self, z, dtype="float32"):
         return z / 127.5 - 1
 
 
 class Autoencoder:
     """Images in [-1, 1] <-> latents (B, C, h, w), the means, of a network that
-    model.load_autoencoder takes; float16 on disk."""
+    model.load_autoencoder takes; float16 on disk, computed in float32 as in the official code."""
 
     dtype = "float16"
 
     def __init__(self, source, device):
-        from model import load_autoencoder
-
-        self.model = load_autoencoder(source).to(device)
+        self.model = from_model("load_autoencoder")(source).to(device)
         self.channels = self.model.channels
         self.factor = self.model.factor
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     @torch.no_grad()
     def encode(self, x):
-        with self.autocast:
-            return self.model.encode(x)[0].float()
+        return self.model.encode(x)[0]
 
     @torch.no_grad()
-    def decode(self, z):
-        with self.autocast:
-            return self.model.decode(z).float()
+    def decode(self, z, dtype="float32"):
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            return self.model.decode(z.float()).float()
 
 
 def load_tokenizer(name, device):
@@ -801,9 +1010,7 @@ def known_stats(settings):
     if settings["tokenizer"] == "pixel":
         return [127.5] * 3, [127.5] * 3
     if settings["latent_stats"] is not None:
-        from model import load_file
-
-        state = load_file(settings["latent_stats"], keys=("mean", "std"))
+        state = from_model("load_file")(settings["latent_stats"], keys=("mean", "std"))
         return state["mean"].flatten().tolist(), state["std"].flatten().tolist()
     if settings["tokenizer"] == "sd-vae-ft-ema":
         return [0.0] * 4, [1 / 0.18215] * 4
@@ -844,9 +1051,8 @@ def load_encoder(name, device):
     if name == "thumbnail":
         return lambda x: (thumbnail(x), None)
 
-    from model import dinov2_features, load_dinov2
-
-    model = load_dinov2(name).to(device)
+    model = from_model("load_dinov2")(name).to(device)
+    dinov2_features = from_model("dinov2_features")
 
     @torch.no_grad()
     def encode(x):
@@ -860,51 +1066,66 @@ def to_float(images):
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def in_batches(f, images, device, batch_size=64):
+def float_batches(images, device):
+    """uint8 (N, H, W, 3) -> float32 (b, 3, H, W) in [-1, 1] on device, 64 images of 256 pixels or
+    as many others as have as many pixels"""
+    images = torch.as_tensor(images)
+    batch_size = max(1, 64 * 256**2 // max(256**2, images.shape[1] ** 2))
+    for batch in images.split(batch_size):
+        yield to_float(batch.to(device))
+
+
+def in_batches(f, images, device):
     """f(images in [-1, 1]) of uint8 (N, H, W, 3), batch by batch -> (N, ...) on the CPU"""
-    parts = []
-    for batch in torch.as_tensor(images).split(batch_size):
-        parts.append(f(to_float(batch.to(device))).cpu())
-    return torch.cat(parts)
+    return torch.cat([f(x).cpu() for x in float_batches(images, device)])
 
 
 # ----------------------------------------------------------------------------- preparing a data set
+
+
+def refuse_several_nodes():
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) < rank_world()[1]:
+        raise InputError("several nodes would write to the same pages of a file: use one node here")
 
 
 class Blocks:
     """Arrays in a folder that the processes of one machine fill block by block, and that a killed
     run goes on with: progress.json says what they are made of, done.npy which blocks are whole.
 
-    settings  what the content depends on
+    settings  what the content depends on; InputError where the folder has content of others
     arrays    file name -> (shape, dtype), all of one length
     block     rows of a block
     """
 
     def __init__(self, folder, settings, arrays, block):
+        refuse_several_nodes()
         process, num_processes = rank_world()
-        if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) < num_processes:
-            raise InputError(
-                "several nodes would write to the same pages of a file: use one node here"
-            )
         N = next(iter(arrays.values()))[0][0]
+        self.folder = folder
         done_file = os.path.join(folder, "done.npy")
-        progress = os.path.join(folder, "progress.json")
-        made_of = json.dumps({**settings, "block": block, "arrays": str(arrays)})
-        if process == 0 and not (os.path.exists(progress) and read_json(progress) == made_of):
-            os.makedirs(folder, exist_ok=True)
-            for name, (shape, dtype) in arrays.items():
-                reserve(os.path.join(folder, name), shape, dtype)
-            np.save(done_file, np.zeros(-(-N // block), bool))
-            write_json(progress, made_of)
+        if process == 0:
+            made_of = json.loads(json.dumps({**settings, "block": block, "arrays": str(arrays)}))
+            progress = os.path.join(folder, "progress.json")
+            if os.path.exists(progress):
+                differ = differences(read_json(progress), made_of)
+                if differ:
+                    raise InputError(
+                        f"{folder} is the unfinished work of a command with {differ}: give that "
+                        "one again, or delete the folder"
+                    )
+            else:
+                reserve(folder, arrays)
+                np.save(done_file, np.zeros(-(-N // block), bool))
+                write_json(progress, made_of)
         barrier()
         self.arrays = {name: np.load(os.path.join(folder, name), mmap_mode="r+") for name in arrays}
         self.done = np.load(done_file, mmap_mode="r+")
         self.block = block
         mine = np.flatnonzero(~self.done)[process::num_processes]
         self.todo = [range(N)[i * block : (i + 1) * block] for i in mine]
-        if process == 0 and self.done.any():
+        if self.done.any():
             done = f"{self.done.sum():,} of {len(self.done):,} blocks of {block}"
-            print(f"{folder}: {done} are done already")
+            note(f"{folder}: {done} are done already")
         barrier()  # before anybody is done with a block
 
     def write(self, rows, **values):
@@ -924,36 +1145,36 @@ class Blocks:
         if not self.done.all():
             raise RuntimeError(f"{(~self.done).sum()} of {len(self.done)} blocks were left out")
 
+    def remove(self):
+        """Deletes the folder, once all processes have closed its files: what is deleted while it is
+        open leaves .nfs files behind."""
+        self.arrays = None
+        self.done = None
+        barrier()
+        if rank_world()[0] == 0:
+            shutil.rmtree(self.folder)
 
-def reserve(path, shape, dtype):
-    """Makes an .npy file, all of it, so that a disk that is too small is found out now."""
-    np.lib.format.open_memmap(path, "w+", dtype, shape)
-    if hasattr(os, "posix_fallocate"):
-        with open(path, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
 
-
-@dataclass
-class PatchTokens:
-    """The patch tokens of all images as a matrix (N*T, D): a slice is encoded when it is read."""
-
-    images: Images
-    encode: callable
-    num_tokens: int  # T
-    dim: int  # D
-    device: torch.device
-
-    @property
-    def shape(self):
-        return len(self.images) * self.num_tokens, self.dim
-
-    def __getitem__(self, rows):
-        first = rows.start // self.num_tokens
-        last = (rows.stop - 1) // self.num_tokens
-        x = self.images.batch(range(first, last + 1))
-        _, tokens = self.encode(to_float(x.to(self.device)))
-        skipped = first * self.num_tokens
-        return tokens.flatten(0, 1)[rows.start - skipped : rows.stop - skipped]
+def reserve(folder, arrays):
+    """Makes .npy files, name -> (shape, dtype), all of each, so that a disk that is too small is
+    found out now."""
+    sizes = {
+        name: int(np.prod(shape)) * np.dtype(t).itemsize for name, (shape, t) in arrays.items()
+    }
+    needed = ", ".join(f"{os.path.basename(name)} {size:,}" for name, size in sizes.items())
+    os.makedirs(folder, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if sum(sizes.values()) > free:
+        os.rmdir(folder)
+        raise InputError(f"{folder} needs bytes of disk: {needed}; free are {free:,}")
+    if sum(sizes.values()) > 1e9:
+        note(f"{folder} reserves bytes of disk: {needed}; free are {free:,}")
+    for name, (shape, dtype) in arrays.items():
+        path = os.path.join(folder, name)
+        np.lib.format.open_memmap(path, "w+", dtype, shape)
+        if hasattr(os, "posix_fallocate"):
+            with open(path, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
 
 
 def load_features(path):
@@ -961,9 +1182,7 @@ def load_features(path):
     if path.endswith(".npy"):
         features = load_array(path)
     else:
-        from model import load_file
-
-        features = load_file(path)
+        features = from_model("load_file")(path)
     dtype = getattr(features, "dtype", type(features))
     shape = tuple(getattr(features, "shape", ()))
     if len(shape) != 2 or "float" not in str(dtype):
@@ -973,25 +1192,72 @@ def load_features(path):
 
 def feature_source(settings):
     """What made the features of a prepared folder; unknown where it does not say."""
-    return settings.get("features") or settings.get("encoder", "unknown")
+    made_by = settings.get("features") or settings.get("encoder", "unknown")
+    return os.path.basename(made_by)
 
 
-def prepare_settings(src, options):
-    """All settings, with full paths, as meta.json keeps them."""
+def fingerprint(path, out=None):
+    """What the content of a file, or of a folder of images, is known by wherever it is moved:
+    names, sizes, times; None where there is no file. out: a folder that is passed over"""
+    if path is None or is_glyphs(path) or not os.path.exists(path):
+        return None
+    files = [path]
+    if os.path.isdir(path):
+        files, _ = image_files(path, out)
+    stats = [os.stat(file) for file in files]
+    size = sum(stat.st_size for stat in stats)
+    newest = max((stat.st_mtime_ns for stat in stats), default=0)
+    when = datetime.fromtimestamp(newest / 1e9, UTC).strftime("%Y-%m-%d %H:%M:%S.%f")
+    if not os.path.isdir(path):
+        return f"{os.path.basename(path)} ({size:,} bytes, {when})"
+    content = hashlib.sha256()
+    for file, stat in zip(files, stats):
+        name = os.fsencode(os.path.relpath(file, path))
+        content.update(b"%s %d %d/" % (name, stat.st_size, stat.st_mtime_ns))
+    hashed = content.hexdigest()[:8]
+    return f"{len(files):,} files ({size:,} bytes, newest {when}, names and times {hashed})"
+
+
+# the settings that name content: compared by its fingerprint, not by its place
+CONTENT = ("source", "tokenizer", "latent_stats", "encoder", "features")
+
+
+def prepare_settings(src, out, options):
+    """-> all settings, with full paths, as meta.json keeps them; fingerprints of those of CONTENT"""
     settings = {**defaults(DATA_SETTINGS), **defaults(BANK_SETTINGS), **options, "source": src}
-    if not is_glyphs(src):
-        settings["source"] = os.path.abspath(src)
-    for name in ("tokenizer", "encoder", "features", "latent_stats"):
-        settings[name] = full_path(settings[name])
-    return settings
+    max_pixels = settings.pop("max_pixels")
+    if max_pixels is not None:
+        Image.MAX_IMAGE_PIXELS = max_pixels
+    made_of = {name: fingerprint(settings[name], out) for name in CONTENT}
+    for name in CONTENT:
+        if made_of[name] is not None:
+            settings[name] = os.path.abspath(settings[name])
+    return settings, made_of
 
 
-def is_prepared(out, settings):
-    """Whether a folder was prepared, with these settings; InputError if with others."""
+def without_place(name):
+    if name is None or is_glyphs(name):
+        return name
+    return os.path.basename(os.path.normpath(name))
+
+
+def is_prepared(out, settings, made_of):
+    """Whether a folder was prepared, of this content with these settings; InputError if of others.
+    Content that is no longer there is taken to be the same if its name is."""
     path = os.path.join(out, "meta.json")
     if not os.path.exists(path):
         return False
-    differ = differences(read_json(path)["settings"], settings)
+    meta = read_json(path)
+    was = dict(meta["settings"])
+    now = dict(settings)
+    for name in CONTENT:
+        if made_of[name] is None:
+            was[name] = without_place(was[name])
+            now[name] = without_place(now[name])
+        else:
+            was[name] = meta["made_of"][name]
+            now[name] = made_of[name]
+    differ = differences(was, now)
     if differ:
         raise InputError(f"{out} was prepared with {differ}: name another, or delete it")
     return True
@@ -1008,105 +1274,172 @@ def load_networks(settings, device):
     return tokenizer, load_encoder(settings["encoder"], device)
 
 
-def encode_images(images, tokenizer, encode, blocks, device):
-    """Fills latents.npy, and features.npy where that is wanted, block by block."""
+def patch_basis(path, images, encode, device):
+    """A bank of the patch tokens of 256 images, at path, whose basis all patch tokens are stored
+    in. Process 0 makes it, unless it is there; all get it."""
+    if rank_world()[0] == 0 and not os.path.exists(path):
+        count = len(images) // (1 + images.flip)
+        rows = np.linspace(0, count - 1, min(count, 256)).astype(int)
+        tokens = in_batches(lambda x: encode(x)[1], images.batch(rows), device)
+        MemoryBank.build(tokens.flatten(0, 1), min(RANK, tokens.shape[2]), device=device).save(path)
+    barrier()
+    return MemoryBank.load(path)
+
+
+def encode_block(x, tokenizer, encode, patch_bank, names, device):
+    """uint8 images (B, H, W, 3) -> what Blocks.write takes of the arrays of these names, each
+    (B, ...). Each image goes through each network once."""
+    parts = {name: [] for name in names}
+    for batch in float_batches(x, device):
+        parts["latents"].append(tokenizer.encode(batch).cpu())
+        if "features" in names or "patches" in names:
+            features, tokens = encode(batch)
+        if "features" in names:
+            parts["features"].append(features.cpu())
+        if "patches" in names:
+            c = patch_bank.project(tokens).cpu()
+            coef, scale = pack(c.flatten(0, 1), "int8")
+            parts["patches"].append(torch.from_numpy(coef).view(c.shape))
+            parts["patch_scales"].append(torch.from_numpy(scale).view(c.shape[:2]))
+    return {name: torch.cat(part) for name, part in parts.items()}
+
+
+def encode_images(images, tokenizer, encode, patch_bank, blocks, device):
+    """Fills the arrays of blocks; the next block is decoded while one is encoded."""
+    names = [os.path.basename(name).removesuffix(".npy") for name in blocks.arrays]
     with blocks.bar("encoding") as bar:
         for x, rows in zip(ahead(images.batch, blocks.todo), blocks.todo):
-            values = {"latents": in_batches(tokenizer.encode, x, device)}
-            if "features.npy" in blocks.arrays:
-                values["features"] = in_batches(lambda batch: encode(batch)[0], x, device)
+            values = encode_block(x, tokenizer, encode, patch_bank, names, device)
             blocks.write(rows, **values)
             bar.update(len(rows))
 
 
 def prepare(src, out, device="cpu", **options):
-    """Images of src -> out/latents.npy (N, C, h, w), labels.npy (N,), bank.pt, meta.json.
+    """Images of src -> out/latents.npy (N, C, h, w), labels.npy (N,), bank.pt, files.txt (their
+    order) and meta.json; with patches also patches.npy (N, T, 64) and patch_scales.npy (N, T),
+    int8 coefficients in the basis of patches.pt, which is a bank of a sample of them.
 
     options: see DATA_SETTINGS and BANK_SETTINGS. Returns meta, a dict. A killed run resumes; of
     several processes each encodes a share. InputError for what cannot be used.
     """
-    settings = prepare_settings(src, options)
-    if is_prepared(out, settings):  # then src itself may be gone
+    out = os.path.normpath(out)
+    settings, made_of = prepare_settings(src, out, options)
+    if is_prepared(out, settings, made_of):  # then src itself may be gone
         shutil.rmtree(os.path.join(out, "parts"), ignore_errors=True)
         return read_json(os.path.join(out, "meta.json"))
-    if not is_glyphs(src) and not os.path.exists(src):
+    if made_of["source"] is None and not is_glyphs(src):
         raise InputError(
             f"{src} does not exist; give a folder of images, an .npy or .npz, or glyphs"
         )
+    refuse_several_nodes()
+    with one_writer(out):
+        return prepare_anew(src, out, torch.device(device), settings, made_of)
 
-    device = torch.device(device)
+
+def arrays_to_fill(images, tokenizer, features, tokens, settings):
+    """-> name -> (shape, dtype), as Blocks takes them. Those that stay are where they stay, so that
+    there is no moment at which a kill loses them."""
+    N = len(images)
+    size = settings["image_size"] // tokenizer.factor
+    arrays = {"../latents.npy": ((N, tokenizer.channels, size, size), tokenizer.dtype)}
+    if settings["features"] is None:
+        arrays["features.npy"] = ((N, features.shape[1]), "float32")
+    if settings["patches"]:
+        T, D = tokens.shape[1:]
+        arrays["../patches.npy"] = ((N, T, min(RANK, D)), "int8")
+        arrays["../patch_scales.npy"] = ((N, T), "float32")
+    return arrays
+
+
+def prepare_anew(src, out, device, settings, made_of):
+    """See prepare."""
     size = settings["image_size"]
     stats = known_stats(settings)
     tokenizer, encode = load_networks(settings, device)
-    feature, tokens = encode(torch.zeros(1, 3, size, size, device=device))
+    features, tokens = encode(torch.zeros(1, 3, size, size, device=device))
     if settings["patches"] and tokens is None:
         raise InputError(f"the encoder {settings['encoder']} has no patch tokens for --patches")
-    images = Images(src, size, settings["skip_bad"], settings["flip"])
-    N = len(images)
-    latent = (tokenizer.channels, size // tokenizer.factor, size // tokenizer.factor)
-    # latents.npy is where it stays, so that there is no moment at which a kill loses it
-    arrays = {"../latents.npy": ((N, *latent), tokenizer.dtype)}
-    features = None
-    if settings["features"] is None:
-        arrays["features.npy"] = ((N, feature.shape[1]), "float32")
-    else:
+    images = Images(src, size, settings["skip_bad"], settings["flip"], out)
+    arrays = arrays_to_fill(images, tokenizer, features, tokens, settings)
+    if settings["features"] is not None:
         features = load_features(settings["features"])
-        if len(features) != N:
+        if len(features) != len(images):
             raise InputError(
-                f"{settings['features']} holds {len(features):,} rows for {N:,} entries of {src}"
+                f"{settings['features']} holds {len(features):,} rows for {len(images):,} entries "
+                f"of {src}"
             )
 
-    blocks = Blocks(os.path.join(out, "parts"), {**settings, "images": N}, arrays, block=256)
-    encode_images(images, tokenizer, encode, blocks, device)
-    blocks.finish()
-    sources = {"bank.pt": features if features is not None else blocks.arrays["features.npy"]}
+    parts = os.path.join(out, "parts")
+    options = {name: settings[name] for name in settings if name not in CONTENT}
+    named = {name: without_place(settings[name]) for name in CONTENT if made_of[name] is None}
+    blocks = Blocks(parts, {**options, **made_of, **named, "images": len(images)}, arrays, 256)
+    patch_bank = None
     if settings["patches"]:
-        sources["patches.pt"] = PatchTokens(images, encode, *tokens.shape[1:], device)
+        patch_bank = patch_basis(os.path.join(parts, "patches.pt"), images, encode, device)
+    encode_images(images, tokenizer, encode, patch_bank, blocks, device)
+    blocks.finish()
+    if settings["features"] is None:
+        features = blocks.arrays["features.npy"]
     if stats is None:
         stats = measured_stats(blocks.arrays["../latents.npy"])
     meta = {
         "settings": settings,
-        "images": N // (1 + images.flip),
-        "latent": latent,
+        "made_of": made_of,
+        "images": len(images) // (1 + images.flip),
+        "latent": arrays["../latents.npy"][0][1:],
         "classes": images.classes,
         "class_counts": np.bincount(images.labels[images.labels >= 0]).tolist(),
         "mean": stats[0],  # the network sees (latent - mean) / std
         "std": stats[1],
     }
-    save_prepared(out, meta, images.labels, sources, device)
+    save_prepared(out, meta, images, features, device)
+    del features  # a map of a file that is removed
+    blocks.remove()
     return read_json(os.path.join(out, "meta.json"))
 
 
-def save_prepared(out, meta, labels, sources, device):
-    """The banks, labels.npy, and last meta.json, which says that the folder is whole."""
+def save_prepared(out, meta, images, features, device):
+    """The bank, labels.npy, files.txt, and last meta.json, which says that the folder is whole."""
     settings = meta["settings"]
-    for name, features in sources.items():
-        bank = MemoryBank.build(
-            features,
-            settings["rank"],
-            settings["dtype"],
-            labels if name == "bank.pt" else None,
-            feature_source(settings),
-            settings["energy"],
-            distributed=True,
-            device=device,
-        )
-        if bank is not None:
-            bank.save(os.path.join(out, name), overwrite=True)
-            if name == "bank.pt":
-                meta["bank"] = bank.id
-    if rank_world()[0] == 0:
-        with (
-            atomic_write(os.path.join(out, "labels.npy")) as temporary,
-            open(temporary, "wb") as file,
-        ):
-            np.save(file, labels)
+    bank = MemoryBank.build(
+        features,
+        settings["rank"],
+        settings["dtype"],
+        images.labels,
+        feature_source(settings),
+        distributed=True,
+        device=device,
+    )
+    if bank is not None:
+        bank.save(os.path.join(out, "bank.pt"), overwrite=True)
+        meta["bank"] = bank.id
+        if settings["patches"]:
+            os.replace(os.path.join(out, "parts", "patches.pt"), os.path.join(out, "patches.pt"))
+        labels = os.path.join(out, "labels.npy")
+        with atomic_write(labels) as temporary, open(temporary, "wb") as file:
+            np.save(file, images.labels)
+        if images.files is not None:
+            order = os.path.join(out, "files.txt")
+            top = (
+                settings["source"]
+                if os.path.isdir(settings["source"])
+                else os.path.dirname(settings["source"])
+            )
+            with atomic_write(order) as temporary, open(temporary, "wb") as file:
+                file.writelines(
+                    os.fsencode(os.path.relpath(name, top)) + b"\n" for name in images.files
+                )
         write_json(os.path.join(out, "meta.json"), meta)
-        shutil.rmtree(os.path.join(out, "parts"))
     barrier()
 
 
 # -------------------------------------------------------------------------- what the commands share
+
+
+def note(text):
+    """Prints a line, in one process of all."""
+    if rank_world()[0] == 0:
+        print(text)
 
 
 def full_path(name):
@@ -1148,13 +1481,22 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def read_flags(settings, description):
+def help_formatter(prog):
+    return argparse.HelpFormatter(prog, max_help_position=32, width=100)
+
+
+def read_flags(settings, description, groups=None):
     """-> the settings that the command line gives, and no others.
 
-    settings: name -> (default, type, help); a type is what argparse takes as one, bool, a tuple of
-    choices, or a dict of argparse's options"""
+    settings  name -> (default, type, help); a type is what argparse takes as one, bool, a tuple of
+              choices, or a dict of argparse's options
+    groups    name of a setting -> title in --help for it and those that follow"""
     parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.formatter_class = help_formatter
+    group = parser
     for name, (default, kind, text) in settings.items():
+        if groups is not None and name in groups:
+            group = parser.add_argument_group(groups[name])
         if kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
         elif isinstance(kind, tuple):
@@ -1165,7 +1507,7 @@ def read_flags(settings, description):
             options = {"type": kind}
         if default is not None:
             text = f"{text} (default: {default})"
-        parser.add_argument(f"--{name.replace('_', '-')}", help=text, **options)
+        group.add_argument(f"--{name.replace('_', '-')}", help=text, **options)
     return vars(parser.parse_args())
 
 
@@ -1173,8 +1515,13 @@ def defaults(settings):
     return {name: default for name, (default, _, _) in settings.items()}
 
 
+def one_line_warning(message, *place):
+    return f"{os.path.basename(sys.argv[0])}: warning: {message}\n"
+
+
 def cli(main):
     """Runs main(); bad input ends as one line on stderr and exit code 2. Others: a traceback."""
+    warnings.formatwarning = one_line_warning
     try:
         main()
         # left to the interpreter's end, gloo's threads may abort the process
@@ -1213,7 +1560,10 @@ def atomic_write(path):
     try:
         yield temporary
         os.replace(temporary, path)
-    except RuntimeError as e:  # what torch.save makes of a full disk
+    except RuntimeError as e:
+        if "inline_container" not in str(e) and "PytorchStreamWriter" not in str(e):
+            raise
+        # what torch.save makes of a full disk
         raise OSError(f"{path} cannot be written (disk full?), what was there is kept: {e}") from e
     finally:
         if os.path.exists(temporary):
@@ -1241,13 +1591,25 @@ def write_json(path, value):
         json.dump(value, file, indent=1)
 
 
+def launch_number(name, default):
+    """A variable of the environment that torchrun sets, or the default. InputError if no number."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise InputError(f"{name} is {text!r} in the environment, expected a number from torchrun")
+    return int(text)
+
+
 def best_device(name=None):
     """-> torch.device: name, or the best there is; of several GPUs the one of this process"""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name is None:
         name = "cpu" if accelerator is None else accelerator.type
     if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        local_rank = launch_number("LOCAL_RANK", 0)
+        if local_rank > 0 and torch.cuda.device_count() == 1:
+            print(f"process {local_rank} of this machine uses cuda:0, the only GPU that it sees")
+            local_rank = 0
+        name = f"cuda:{local_rank}"
     try:
         return torch.empty(0, device=name).device
     except (AssertionError, RuntimeError) as e:
@@ -1256,17 +1618,34 @@ def best_device(name=None):
 
 
 def default_dtype(device):
-    """Of a forward pass."""
-    return "bfloat16" if device.type == "cuda" else "float32"
+    """The dtype of a forward pass: bfloat16 on GPUs that compute in it, float32 elsewhere"""
+    if device.type != "cuda":
+        return "float32"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16"
+    if rank_world()[0] == 0:
+        print(f"{device} does not compute in bfloat16: float32 is used")
+    return "float32"
 
 
 def init_distributed(device):
-    """Joins the processes that torchrun has started, if it has."""
+    """Joins the processes that torchrun has started, if it has. InputError where the environment
+    holds a part of what torchrun sets."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        patient_group()
+    expected = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = ", ".join(name for name in expected if name not in os.environ)
+    given = ", ".join(name for name in expected[:2] if name in os.environ)
+    if not given or dist.is_initialized():
+        return
+    if missing:
+        raise InputError(
+            f"{given} in the environment without {missing}: start with torchrun, or unset {given}"
+        )
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+        launch_number(name, 0)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    patient_group()
 
 
 def rank_world():
@@ -1289,8 +1668,94 @@ def patient_group():
 
 
 def barrier():
+    """Waits, up to a day, until all processes are here."""
     if rank_world()[1] > 1:
         dist.barrier(patient_group())
+
+
+def on_first_process(f, *args):
+    """f(*args) on process 0 -> its result there, None on the others, which wait for it, up to a day.
+    Where it raises, process 0 raises the error and the others end silently, with exit code 2."""
+    result = None
+    error = None
+    if rank_world()[0] == 0:
+        try:
+            result = f(*args)
+        except Exception as e:  # noqa: BLE001 - raised below, once the others know of it
+            error = e
+    failed = torch.tensor(float(error is not None))
+    if rank_world()[1] > 1:
+        dist.all_reduce(failed, group=patient_group())
+    if error is not None:
+        raise error
+    if failed > 0:
+        sys.exit(2)
+    return result
+
+
+LOCK = ".lock"  # the lock file in a folder that a command writes to
+
+
+def lock_path(out):
+    """The lock file of an output: in a folder; beside a file (.npz, .png, .pt)"""
+    out = os.path.abspath(out)  # without a slash at its end
+    folder, name = os.path.split(out)
+    if name.endswith((".npz", ".png", ".pt")) and not os.path.isdir(out):
+        return os.path.join(folder, f".{name}{LOCK}")
+    return os.path.join(out, LOCK)
+
+
+def is_at(path, file):
+    """Whether an open file is the one at path."""
+    return os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+
+
+def take_lock(out):
+    """-> the lock file of an output, open and locked by this process; None, which is said, on a
+    system without locks. InputError where another process holds it."""
+    path = lock_path(out)
+    while fcntl is not None:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        file = open(path, "a+")  # noqa: SIM115 - kept open; not emptied: it says who holds it
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as e:
+            file.seek(0)
+            holder = file.read() or "another process"
+            raise InputError(f"{holder} is writing to {out}: wait, or name another --out") from e
+        except OSError as e:
+            print(f"{path} cannot be locked ({e}): take care that one command alone writes there")
+            return None
+        if is_at(path, file):  # else its last holder has just removed it
+            file.truncate(0)
+            command = os.path.basename(sys.argv[0])
+            file.write(f"{command} (process {os.getpid()} on {socket.gethostname()})")
+            file.flush()
+            return file
+        file.close()
+    print(f"this system has no file locks: take care that one command alone writes to {out}")
+    return None
+
+
+@contextmanager
+def one_writer(out):
+    """Within the block no other command writes to the output `out`, a folder or a file.
+
+    Of several processes, the first one holds the lock for all. The system releases it when that
+    process ends, by kill -9 too. InputError, which says who writes, where another command does."""
+    folder = os.path.dirname(lock_path(out))
+    new_folder = not os.path.isdir(folder)
+    file = on_first_process(take_lock, out)
+    try:
+        yield
+        barrier()  # all processes have written
+    finally:
+        if file is not None:
+            if is_at(file.name, file):
+                os.remove(file.name)
+            file.close()
+            if new_folder and os.path.isdir(folder) and not os.listdir(folder):
+                os.rmdir(folder)
 
 
 # name: (default, type, help)
@@ -1305,16 +1770,12 @@ DATA_SETTINGS = {
     ),
     "rank": (RANK, rank_or_full, "of the bank: directions kept, or full"),
     "flip": (False, bool, "as many entries more, of the mirrored images"),
-    "skip_bad": (False, bool, "leave out files that do not decode"),
+    "skip_bad": (False, bool, "leave out files that cannot be read as images"),
+    "max_pixels": (None, number(1), "largest image that is read (default: Pillow's limit)"),
 }
 BANK_SETTINGS = {
     "features": (None, str, ".npy or .pt (N, D), encoded elsewhere; without --data OUT is a bank"),
     "dtype": ("int8", DTYPES, "of the bank's coefficients"),
-    "energy": (
-        None,
-        number(1e-6, 1, float),
-        "instead of a rank: part of the variance that is kept",
-    ),
     "patches": (False, bool, "a bank of the patch tokens too, for train.py --align"),
 }
 
@@ -1340,9 +1801,7 @@ def main():
         bank_file = os.path.join(args.out, "bank.pt")
     else:
         features = load_features(args.features)
-        bank = MemoryBank.build(
-            features, args.rank, args.dtype, energy=args.energy, distributed=True
-        )
+        bank = MemoryBank.build(features, args.rank, args.dtype, distributed=True)
         if bank is not None:
             bank.save(args.out)
     if rank_world()[0] == 0:

@@ -2,7 +2,7 @@
 
     python sample.py --ckpt out                                        # a grid: out/samples.png
     torchrun --nproc_per_node=8 sample.py --ckpt C --num-images 50000 --out s.npz   # for fid.py
-    python sample.py --ckpt C --new                                    # images of no bank row
+    python sample.py --ckpt C --new                                    # new images, between rows
     python sample.py --ckpt C --label A                                # of one class
     python sample.py --ckpt C --add new.png photos/                    # external memory
     python sample.py --ckpt C --mix a.png 17                           # internal memory; a bank row
@@ -12,17 +12,17 @@
 An .npz is in ADM's format: arr_0, uint8 (N, H, W, 3). Image i depends on (seed, i) alone, not on
 the batch size or the number of processes (but for rounding). A killed run, started again, resumes.
 
---new draws snippets from a prior over the bank, p(snippet) or p(snippet | label). It is fitted the
-first time, and kept as prior.pt beside the checkpoint: these two files sample without the bank.
+--new takes its snippets from MemoryBank.around: a row of the bank plus a random step in the
+directions in which its neighbours differ. Nothing is fitted; --spread is the size of the step.
 
-The core is `generate`. After it come loading, where snippets come from, the audit, and last the
-command line.
+The core is `generate`. Below the double ruler come loading, where snippets come from, the audit,
+and last the command line.
 """
 
 import argparse
 import os
-import shutil
 import zlib
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -38,14 +38,13 @@ from memory import (
     MemoryBank,
     ahead,
     atomic_write,
-    barrier,
     best_device,
     cli,
     default_dtype,
     defaults,
     denormalize_latents,
     feature_source,
-    fit_prior,
+    fingerprint,
     glyphs,
     in_batches,
     init_distributed,
@@ -56,12 +55,17 @@ from memory import (
     load_tokenizer,
     mix,
     normalize_latents,
+    note,
     number,
+    one_writer,
     rank_world,
     read_flags,
     stats_tensor,
+    without_place,
 )
-from model import SnippetPrior, guided, load_file, load_into, load_sit, ode, sde
+from model import guided, load_file, load_sit, ode, sde
+
+NEIGHBOURS = 10  # of a row of the bank, that --new takes its step from
 
 # -------------------------------------------------------------------------- from snippets to images
 
@@ -132,14 +136,14 @@ def generate(
     return ode(v, noise(), steps, method, shift)
 
 
-def decode(x, meta, tokenizer):
+def decode(x, meta, tokenizer, dtype="float32"):
     """Latents as the model makes them (B, C, h, w) -> uint8 images (B, H, W, 3), numpy"""
-    return to_images(denormalize_latents(x, stats_tensor(meta, x.device)), tokenizer)
+    return to_images(denormalize_latents(x, stats_tensor(meta, x.device)), tokenizer, dtype)
 
 
-def to_images(latents, tokenizer):
+def to_images(latents, tokenizer, dtype="float32"):
     """Latents as they are stored (B, C, h, w) -> uint8 images (B, H, W, 3), numpy"""
-    images = torch.cat([tokenizer.decode(part) for part in latents.split(16)])  # as many as fit
+    images = torch.cat([tokenizer.decode(part, dtype) for part in latents.split(16)])
     images = ((images + 1) * 127.5).clamp(0, 255).round().byte()
     return images.permute(0, 2, 3, 1).cpu().numpy()
 
@@ -171,6 +175,8 @@ def save_images(images, out, columns=None):
             Image.fromarray(image).save(os.path.join(out, f"{i:06d}.png"))
 
 
+# ====================== end of the core: loading, snippets, the audit, the command line ==========
+
 # ------------------------------------------------------------------------- the model and its memory
 
 
@@ -179,9 +185,8 @@ def load_model(args, device):
     weights; what these do not say, --tokenizer and --latent-stats, is taken from args"""
     content = load_file(args.ckpt)
     model = load_sit(content).to(device)
-    if rank_world()[0] == 0:
-        count = sum(p.numel() for p in model.parameters())
-        print(f"{args.ckpt}: {count:,} parameters, on {device}")
+    count = sum(p.numel() for p in model.parameters())
+    note(f"{args.ckpt}: {count:,} parameters, on {device}")
     if "meta" in content:
         load_file(args.ckpt, keys=("config", "meta", "bank", "ema"))  # names what is missing
         folder = os.path.dirname(os.path.realpath(args.ckpt))
@@ -199,7 +204,9 @@ def load_model(args, device):
 
 
 def load_bank(path, model, meta):
-    """The bank at path, if model can use it."""
+    """The bank at path, if model can use it; None for a model without memory."""
+    if not model.config.memory_dim:
+        return None
     if not os.path.exists(path):
         raise InputError(f"the bank {path} is not there; give it by --bank")
     bank = MemoryBank.load(path)
@@ -210,10 +217,18 @@ def load_bank(path, model, meta):
     if "unknown" not in (bank.encoder, trained) and bank.encoder != trained:
         given = f"{path} holds snippets of {bank.encoder}"
         raise InputError(f"{given}, the model was trained on {trained}")
-    if rank_world()[0] == 0:
-        other = "" if meta.get("bank", bank.id) == bank.id else "; not the bank of its training"
-        print(f"bank: {bank}{other}")
+    other = "" if meta.get("bank", bank.id) == bank.id else "; not the bank of its training"
+    note(f"bank: {bank}{other}")
     return bank
+
+
+def encoder_name(args, bank, meta):
+    """What load_encoder takes to encode as the bank's features were: --encoder; or what the
+    checkpoint was prepared with, if that made the features of the bank"""
+    prepared_with = meta["settings"].get("encoder")
+    if args.encoder is None and without_place(prepared_with) == bank.encoder:
+        return prepared_with
+    return args.encoder or bank.encoder
 
 
 def read_images(paths, size):
@@ -224,7 +239,10 @@ def read_images(paths, size):
 
 def snippet_at(end, bank, encode, size):
     """An end of --mix, an image file or the number of a bank row -> its snippet (D,)"""
-    if os.path.exists(end) or not end.lstrip("-").isdecimal():
+    is_number = end.lstrip("-").isdecimal()
+    if os.path.exists(end) and is_number:
+        note(f"--mix {end}: the file of this name; for the row of the bank, work in another folder")
+    if os.path.exists(end) or not is_number:
         images = read_images([end], size)
         if len(images) > 1:
             raise InputError(f"--mix {end} holds {len(images)} images, expected one")
@@ -267,13 +285,12 @@ def class_counts(bank):
     return np.bincount(bank.labels[bank.labels >= 0])
 
 
-def draw_labels(args, ids, names, counts, unlabelled=0):
-    """The labels of images (B,): --label for all; or each class as often as counts has it, and the
-    null label as often as there are unlabelled ones."""
+def draw_labels(args, ids, names, counts):
+    """The labels of images (B,): --label for all; or each class as often as counts has it."""
     label = label_number(args.label, names, counts)
     if label is not None:
         return torch.full((len(ids),), label)
-    up_to = torch.tensor([*counts, unlabelled]).cumsum(0)
+    up_to = torch.tensor(counts).cumsum(0)
     row = draw_rows(ids, args.seed, int(up_to[-1]))
     return torch.searchsorted(up_to, row, right=True)
 
@@ -287,73 +304,32 @@ def bank_rows(args, ids, names, bank):
     return torch.from_numpy(rows)[draw_rows(ids, args.seed, len(rows))]
 
 
-def needed_bank(args, model, meta, path, prior_path):
-    """The bank at path, or None: a model without memory needs none, nor does --new where the prior
-    is there and the bank is not."""
-    if not model.config.memory_dim:
-        return None
-    asked = not args.new or args.audit is not None or args.bank is not None
-    if asked or os.path.exists(path) or not os.path.exists(prior_path):
-        return load_bank(path, model, meta)
-    return None
-
-
-def keep_prior(path, bank, device):
-    """Sees to it that the prior over a bank is at path. One process fits it, the others wait."""
-    if rank_world()[0] == 0 and not is_prior_of(path, bank):
-        prior = fit_prior(bank, device=device)
-        kept = {
-            "prior": prior.state_dict(),
-            "rank": bank.rank,
-            "num_classes": prior.num_classes,
-            "bank": bank.id,
-            "mean": torch.tensor(bank.mean),
-            "basis": torch.tensor(bank.basis),
-        }
-        with atomic_write(path) as temporary:
-            torch.save(kept, temporary)
-        print(f"wrote {path}")
-    barrier()
-
-
-def is_prior_of(path, bank):
-    if not os.path.exists(path):
-        return False
-    fitted_to = load_file(path, keys=("bank",))["bank"]
-    if fitted_to != bank.id:
-        print(f"{path} is of the bank {fitted_to}, not of {bank.id}: fitted again")
-    return fitted_to == bank.id
-
-
-def load_prior(path, config, device):
-    """-> SnippetPrior, and the mean (D,) and basis (r, D) that make snippets of what it draws"""
-    kept = load_file(path, keys=("prior", "rank", "num_classes", "bank", "mean", "basis"))
-    dim = len(kept["mean"])
-    if dim != config.memory_dim:
-        raise InputError(f"{path} is of snippets of {dim} numbers, not {config.memory_dim}")
-    prior = load_into(kept["prior"], SnippetPrior, kept["rank"], kept["num_classes"])
-    return prior.to(device), kept["mean"].to(device), kept["basis"].to(device)
-
-
-def new_snippets(args, ids, names, bank, path, config, device):
-    """Snippets (B, D) that belong to no training image, drawn from the prior at path. With a bank
-    the prior is fitted first, if it is not there or is another bank's."""
-    if bank is not None:
-        label_number(args.label, names, class_counts(bank))  # refuses a wrong one before the fit
-        keep_prior(path, bank, device)
-    prior, mean, basis = load_prior(path, config, device)
-    *counts, unlabelled = prior.counts.tolist()
-    labels = draw_labels(args, ids, names, counts, unlabelled).to(device)
-
+def new_snippets(args, ids, rows, bank, device):
+    """Snippets (B, D) that belong to no training image: each around its row of the bank."""
+    if device.type != "cpu":
+        bank = bank.to(device)
     parts = []
     starts = range(0, len(ids), 1024)
     for i in tqdm(starts, "snippets", unit="batch", leave=False, disable=rank_world()[0] > 0):
         generators = streams(3, args.seed, ids[i : i + 1024])
-        noise = torch.stack([torch.randn(prior.rank, generator=g) for g in generators])
-        c = prior.sample(noise.to(device), labels[i : i + 1024])
-        s = F.normalize(mean + c @ basis, dim=1)
-        parts.append(s.cpu())
-    return torch.cat(parts)
+        noise = torch.stack([torch.randn(NEIGHBOURS, generator=g) for g in generators])
+        parts.append(bank.around(rows[i : i + 1024], noise, args.spread).cpu())
+    s = torch.cat(parts)
+    note(
+        f"distance of new snippets to the bank, relative to that of its rows to their nearest other "
+        f"one: {novelty(s[:1000], bank):.2f} (0: copies, 1: as new as another image of the data)"
+    )
+    return s
+
+
+def novelty(s, bank):
+    """Median distance of snippets s (B, D) to the bank, over that of 1,000 of its rows to their
+    nearest other row; distances are those of unit-norm snippets, sqrt(2 - 2 cos)"""
+    cosine, _ = bank.nearest(s)
+    rows = np.linspace(0, len(bank) - 1, min(len(bank), 1000)).astype(int)
+    of_rows, _ = bank.neighbours(rows, 1, same_class=False)
+    distance = (2 - 2 * cosine).clamp_min(0).sqrt().median()
+    return (distance / (2 - 2 * of_rows).clamp_min(1e-12).sqrt().median()).item()
 
 
 # ------------------------------------------------------------------------------------ does it copy?
@@ -362,6 +338,8 @@ def new_snippets(args, ids, names, bank, path, config, device):
 def audit_data(args, bank_path, bank, config, meta, tokenizer, device):
     """-> latents of the training, beside its bank; and of images that it never saw: those of
     --audit, or glyphs of another seed for a training on glyphs; or None"""
+    if len(bank) < 2:
+        raise InputError(f"--audit compares the rows of a bank; {bank_path} has only one")
     data = load_array(os.path.join(os.path.dirname(bank_path), "latents.npy"))
     expected = (len(bank), config.in_channels, config.input_size, config.input_size)
     if data.shape != expected:
@@ -398,7 +376,7 @@ def audit(made, own, data, stats, held_out=None):
     """Does the model copy? Prints distances, root mean squares over a latent as the model sees it.
 
     made      (B, ...) latents of generated images
-    own       (B,) rows of their snippets; None: they are of the prior
+    own       (B,) rows of their snippets; None: these are new
     data      (N, ...) latents of the training images, N > 1
     held_out  latents of images that it never saw, or None
     -> (B,) the row of data nearest to each generated image
@@ -412,10 +390,13 @@ def audit(made, own, data, stats, held_out=None):
     if own is not None:
         to_own = (x - flat_latents(data[own], stats)).square().mean(1).sqrt()
         report("generated image to the image of its snippet", to_own)
-    report("generated image to the nearest training image", near[:, 0])
+    to_nearest = near[:, 0]
+    report("generated image to the nearest training image", to_nearest)
     some = flat_latents(data[:: -(-len(data) // len(x))], stats)
     near, _ = nearest_latents(some, data, stats)  # the nearest is the image itself
     report("training image to the nearest other one", near[:, 1])
+    relative = (to_nearest.median() / near[:, 1].median().clamp_min(1e-9)).item()
+    print(f"distance of generated images to the training images, relative to that: {relative:.2f}")
     if held_out is not None:
         near, _ = nearest_latents(flat_latents(held_out, stats), data, stats)
         report("held-out image to the nearest training image", near[:, 0])
@@ -443,34 +424,51 @@ METHODS = ("euler", "heun", "sde-euler", "sde-heun")
 MIXES = ("slerp", "lerp", "concat", "mask")
 # name: (default, type, help)
 SAMPLER = {  # of generate
-    "seed": (0, number(0), "of everything that is random"),
-    "method": ("heun", METHODS, "of the ODE or the SDE"),
-    "steps": (25, number(1), "of the method"),
-    "shift": (0.0, number(0, kind=float), "of the ODE's times; 0: none"),
-    "cfg": (1.0, number(-1e9, kind=float), "guidance; 1: none"),
-    "cfg_interval": ((0.0, 1.0), {"type": float, "nargs": 2, "metavar": ("LO", "HI")}, "its times"),
-    "mask": (0.0, number(0, 1, float), "part of the snippet set to zero"),
-    "dtype": (None, ("bfloat16", "float32"), "of the network (default: bfloat16 on CUDA)"),
+    "seed": (0, number(0, 2**63), "seed of everything that is random"),
+    "method": (
+        "heun",
+        METHODS,
+        "integrator: euler, heun for the ODE, sde-euler, sde-heun for the SDE",
+    ),
+    "steps": (25, number(1), "steps of the integrator"),
+    "shift": (0.0, number(0, kind=float), "shift of the ODE's times towards the noise; 0: none"),
+    "cfg": (1.0, number(-1e9, kind=float), "guidance scale; 1: no guidance"),
+    "cfg_interval": (
+        (0.0, 1.0),
+        {"type": float, "nargs": 2, "metavar": ("LO", "HI")},
+        "apply guidance only while LO <= t <= HI",
+    ),
+    "mask": (0.0, number(0, 1, float), "part of a snippet's entries set to zero"),
+    "dtype": (
+        None,
+        ("bfloat16", "float32"),
+        "dtype of network and decoder (default: on CUDA a network in bfloat16)",
+    ),
 }
 SETTINGS = {
-    "ckpt": (None, {"required": True}, "a file, or the folder of a training"),
+    "ckpt": (None, {"required": True}, "checkpoint file, or the folder of a training"),
     "out": (None, str, ".png (a grid), .npz, or a folder (default: a .png beside CKPT)"),
-    "num_images": (None, number(1), "in all (64); with --add or --mix in each row (8)"),
-    "batch_size": (64, number(1), "of one process"),
+    "num_images": (None, number(1), "number of images (64); with --add or --mix of each row (8)"),
+    "batch_size": (64, number(1), "images of one forward pass"),
     **SAMPLER,
-    "label": (None, str, "the class of all images: a name in meta.json, or a number"),
-    "new": (False, bool, "snippets from the prior (fitted once, kept beside CKPT)"),
-    "add": (None, {"nargs": "+", "metavar": "IMAGES"}, "files, folders: a row for each image"),
-    "save_bank": (None, str, "with --add: the bank extended by their snippets"),
+    "label": (None, str, "class of all images: a name in meta.json, or a number"),
+    "new": (False, bool, "new images: snippets around rows of the bank"),
+    "spread": (1.0, number(0, kind=float), "with --new: size of the step away from the row"),
+    "add": (
+        None,
+        {"nargs": "+", "metavar": "IMAGES"},
+        "image files, folders: a row for each image",
+    ),
+    "save_bank": (None, str, "with --add: file for the bank extended by their snippets"),
     "mix": (None, {"nargs": 2, "metavar": ("A", "B")}, "a row from A to B: images, or bank rows"),
-    "mix_method": ("slerp", MIXES, "the way from A to B"),
+    "mix_method": ("slerp", MIXES, "with --mix: way from A to B"),
     "audit": (None, {"nargs": "?", "const": ""}, "compare with training data, and these images"),
-    "bank": (None, str, "a bank other than the checkpoint's"),
-    "encoder": (None, str, "for --add and --mix: a file with the weights of the bank's encoder"),
-    "tokenizer": (None, str, "of official weights, or a file of the checkpoint's"),
+    "bank": (None, str, "bank file, in place of the checkpoint's"),
+    "encoder": (None, str, "for --add and --mix: file with the weights of the bank's encoder"),
+    "tokenizer": (None, str, "tokenizer of official weights, or a file of the checkpoint's"),
     "latent_stats": (None, str, "with official weights: file with mean and std of latents"),
     "device": (None, str, "cuda, mps or cpu (default: the best there is)"),
-    "compile": (False, bool, "the network, by torch.compile"),
+    "compile": (False, bool, "compile the network by torch.compile"),
 }
 
 
@@ -497,8 +495,9 @@ def arguments():
         names = {"add": "added.png", "mix": "mixed.png", "audit": "audit.png", "new": "new.png"}
         name = names[modes[0]] if modes else "samples.png"
         args.out = os.path.join(os.path.dirname(args.ckpt), name)
-    if os.path.splitext(args.out)[1] not in ("", ".png", ".npz"):
-        raise InputError(f"--out {args.out} is neither a .png nor an .npz nor a folder")
+    args.out = os.path.normpath(args.out)
+    if args.out.lower().endswith((".jpg", ".jpeg", ".npy", ".pt", ".zip", ".gif", ".webp")):
+        raise InputError(f"--out {args.out}: expected a .png, an .npz, or the name of a folder")
     if args.num_images is None:
         args.num_images = 64 if args.add is None and args.mix is None else 8
     return args
@@ -523,24 +522,33 @@ def check_out(out, count):
     """InputError where a folder holds what would be mixed with the images."""
     if out.endswith((".png", ".npz")) or not os.path.exists(out):
         return
+    if not os.path.isdir(out):
+        raise InputError(f"--out {out} is a file: give a .png, an .npz, or the name of a folder")
     foreign = set(os.listdir(out)) - {f"{i:06d}.png" for i in range(count)}
     if foreign:
         raise InputError(f"--out {out}: the folder holds other files, such as {min(foreign)}")
 
 
-def make_images(args, model, meta, tokenizer, ids, s, y):
-    """Generates, batch by batch, the images numbered ids -> uint8 (N, H, W, 3)"""
+def image_settings(args, meta, tokenizer_name, ids, s, y):
+    """What the pixels of a sampling depend on: a killed run resumes with the same only."""
+    settings = {name: getattr(args, name) for name in SAMPLER}
+    settings["decoder_dtype"] = args.decoder_dtype
+    settings["checkpoint"] = fingerprint(args.ckpt)
+    settings["tokenizer"] = fingerprint(tokenizer_name) or tokenizer_name
+    settings["latent_stats"] = [meta["mean"], meta["std"]]
+    settings["checksum_of_numbers"] = zlib.crc32(np.array(ids))
+    settings["checksum_of_snippets"] = None if s is None else zlib.crc32(s.numpy())
+    settings["checksum_of_labels"] = None if y is None else zlib.crc32(y.numpy())
+    return settings
+
+
+def make_images(args, model, meta, tokenizer, settings, ids, s, y):
+    """Generates, batch by batch, the images numbered ids -> Blocks with images (N, H, W, 3)"""
     device = next(model.parameters()).device
     size = model.config.input_size * tokenizer.factor
     arrays = {"images.npy": ((len(ids), size, size, 3), "uint8")}
-    # what the images depend on: a run with the same resumes
-    file = os.stat(args.ckpt)
-    sampler = {name: getattr(args, name) for name in SAMPLER}
-    settings = dict(sampler)
-    settings["file"] = [os.path.abspath(args.ckpt), file.st_size, file.st_mtime_ns]
-    settings["snippets"] = None if s is None else zlib.crc32(s.numpy())
-    settings["labels"] = None if y is None else y.tolist()
     blocks = Blocks(f"{args.out}.parts", settings, arrays, args.batch_size)
+    sampler = {name: getattr(args, name) for name in SAMPLER}
 
     def latents(rows):
         batch = slice(rows.start, rows.stop)
@@ -553,10 +561,10 @@ def make_images(args, model, meta, tokenizer, ids, s, y):
         made = ahead(latents, blocks.todo)
     with blocks.bar("sampling") as bar:
         for rows, x in zip(blocks.todo, made):
-            blocks.write(rows, images=decode(x, meta, tokenizer))
+            blocks.write(rows, images=decode(x, meta, tokenizer, args.decoder_dtype))
             bar.update(len(rows))
     blocks.finish()
-    return blocks.arrays["images.npy"]
+    return blocks
 
 
 def rows_with_given(given, images):
@@ -566,65 +574,87 @@ def rows_with_given(given, images):
     return np.concatenate([given[:, None], rows], axis=1).reshape(-1, *given.shape[1:])
 
 
+@dataclass
+class Plan:
+    """What is made: the images numbered ids, of snippets s (B, D) and labels y (B,)."""
+
+    ids: list
+    s: torch.Tensor = None
+    y: torch.Tensor = None
+    rows: torch.Tensor = None  # (B,) the rows of the bank that s are
+    given: np.ndarray = ()  # images (R, H, W, 3) that stand at the head of R rows of the grid
+    columns: int = None  # of the grid
+    extended: MemoryBank = None  # by the snippets of the given images
+
+
+def planned(args, config, meta, bank, encode, size, device):
+    """-> Plan, as the flags have it"""
+    n = args.num_images
+    names = meta.get("classes", [])
+    plan = Plan(list(range(n)))
+    if args.add is not None:  # a row for each image: its snippet, n noises
+        plan.given = read_images(args.add, size)
+        plan.extended = bank.extend(encode(plan.given))
+        plan.ids = list(range(n)) * len(plan.given)
+        plan.s = plan.extended[len(bank) :].repeat_interleave(n, dim=0)
+        plan.columns = n + 1
+    elif args.mix is not None:  # one row: from a snippet to the other, one noise
+        plan.s = mixed_snippets(args, bank, encode, size)
+        plan.ids = [0] * n
+        plan.columns = n
+    elif args.new:
+        rows = bank_rows(args, plan.ids, names, bank)
+        plan.s = new_snippets(args, plan.ids, rows, bank, device)
+    elif bank is not None:
+        plan.rows = bank_rows(args, plan.ids, names, bank)
+        plan.s = bank[plan.rows]
+    if config.num_classes:
+        counts = meta.get("class_counts", [1] * config.num_classes)
+        plan.y = draw_labels(args, plan.ids, names, counts)
+    return plan
+
+
 def main():
     args = arguments()
     device = best_device(args.device)
     init_distributed(device)
+    args.decoder_dtype = args.dtype or "float32"  # as in the official code
     args.dtype = args.dtype or default_dtype(device)
     model, meta, bank_path = load_model(args, device)
     config = model.config
     check(args, config)
-    names = meta.get("classes", [])  # of labels
-    tokenizer = load_tokenizer(args.tokenizer or meta["settings"]["tokenizer"], device)
+    tokenizer_name = args.tokenizer or meta["settings"]["tokenizer"]
+    tokenizer = load_tokenizer(tokenizer_name, device)
     size = config.input_size * tokenizer.factor
-    prior_path = os.path.join(os.path.dirname(args.ckpt), "prior.pt")
-    bank = needed_bank(args, model, meta, bank_path, prior_path)
+    bank = load_bank(bank_path, model, meta)
 
     def encode(images):
-        encoder = load_encoder(args.encoder or bank.encoder, device)
+        encoder = load_encoder(encoder_name(args, bank, meta), device)
         return in_batches(lambda x: encoder(x)[0], images, device)
 
-    # what is made: the images numbered ids, of snippets s and labels y
-    n = args.num_images
-    ids = range(n)
-    rows = s = y = columns = None
-    given = []
-    if args.add is not None:  # a row for each image: its snippet, n noises
-        given = read_images(args.add, size)
-        extended = bank.extend(encode(given))
-        ids = list(range(n)) * len(given)
-        s = extended[len(bank) :].repeat_interleave(n, dim=0)
-        columns = n + 1
-    elif args.mix is not None:  # one row: from a snippet to the other, one noise
-        s = mixed_snippets(args, bank, encode, size)
-        ids = [0] * n
-        columns = n
-    elif args.new:
-        s = new_snippets(args, ids, names, bank, prior_path, config, device)
-    elif bank is not None:
-        rows = bank_rows(args, ids, names, bank)
-        s = bank[rows]
-    if config.num_classes:
-        counts = meta.get("class_counts", [1] * config.num_classes)
-        y = draw_labels(args, ids, names, counts)
-    check_out(args.out, len(ids) + len(given))
-    if args.save_bank is not None and rank_world()[0] == 0:
-        extended.save(args.save_bank)
+    plan = planned(args, config, meta, bank, encode, size, device)
+    check_out(args.out, len(plan.ids) + len(plan.given))
     if args.audit is not None:
         data, held_out = audit_data(args, bank_path, bank, config, meta, tokenizer, device)
     if args.compile:
         model = torch.compile(model)
-    images = make_images(args, model, meta, tokenizer, ids, s, y)
-    if rank_world()[0] > 0:
-        return
-    if args.add is not None:
-        images = rows_with_given(given, images)
-    if args.audit is not None:
-        images = audit_images(images, rows, data, held_out, meta, tokenizer, device)
-        columns = min(16, n)
-    save_images(images, args.out, columns)
-    shutil.rmtree(f"{args.out}.parts")
-    print(f"wrote {args.out}")
+    settings = image_settings(args, meta, tokenizer_name, plan.ids, plan.s, plan.y)
+    with one_writer(args.out):
+        if args.save_bank is not None and rank_world()[0] == 0:
+            plan.extended.save(args.save_bank)
+        blocks = make_images(args, model, meta, tokenizer, settings, plan.ids, plan.s, plan.y)
+        if rank_world()[0] == 0:
+            images = blocks.arrays["images.npy"]
+            columns = plan.columns
+            if args.add is not None:
+                images = rows_with_given(plan.given, images)
+            if args.audit is not None:
+                images = audit_images(images, plan.rows, data, held_out, meta, tokenizer, device)
+                columns = min(16, args.num_images)
+            save_images(images, args.out, columns)
+            del images  # a map of a file that is removed
+        blocks.remove()
+    note(f"wrote {args.out}")
 
 
 if __name__ == "__main__":
