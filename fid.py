@@ -10,28 +10,30 @@ ADM's evaluator.py (openai/guided-diffusion) defines them, and KID.
 
     python fid.py REF SAMPLES
 
-Each is a folder of images; an .npz with arr_0, uint8 (N, H, W, 3); or an .npz of statistics: mu,
-sigma, mu_s, sigma_s. ADM's reference batches hold both: FID and sFID are then of the statistics,
-the rest is of the images.
+REF and SAMPLES are each one of these:
+    a folder of images
+    an .npz of images: uint8 (N, H, W, 3), named arr_0, or the only such array in the file
+    an .npz of statistics: mu, sigma, and for sFID mu_s, sigma_s
+    an .npy of features: float (N, D), of any network. FD, KID, precision and recall are then of these.
+ADM's reference batches hold images and statistics: FID and sFID are of the latter, the rest of the
+images.
 """
 
 import argparse
-import glob
+import hashlib
 import io
 import json
 import os
-import re
 import sys
 import zipfile
-import zlib
-from collections import namedtuple
+from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy import linalg
 from torch import nn
 from tqdm import tqdm
@@ -44,27 +46,28 @@ class InputError(ValueError):
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """Means (D,), covariances (D, D), arrays or tensors -> float (arXiv 1706.08500, eq. 6).
 
-    The covariances may be singular. InputError: statistics of different sizes.
+    The covariances may be singular. InputError: other shapes, different D, numbers not finite.
     """
     mu1, sigma1, mu2, sigma2 = (
-        torch.as_tensor(x).cpu().double().numpy() for x in (mu1, sigma1, mu2, sigma2)
+        torch.as_tensor(x).detach().cpu().double().numpy() for x in (mu1, sigma1, mu2, sigma2)
     )
+    check_statistics(mu1, sigma1)
+    check_statistics(mu2, sigma2)
     if len(mu1) != len(mu2):
-        raise InputError(
-            f"statistics of {len(mu1)} features and of {len(mu2)}: expected one network's"
-        )
-    try:
-        # With sigma2 = L L', sigma1 sigma2 has the eigenvalues of the symmetric L' sigma1 L.
-        eigenvalues = linalg.eigvalsh(sigma1, sigma2, type=2, driver="gv")
-        roots = np.sqrt(eigenvalues.clip(0))
-    except linalg.LinAlgError:
-        # sigma2 is singular. With sigma = U' U, the roots are the singular values of U1 U2'.
-        roots = linalg.svdvals(cholesky_of_singular(sigma1) @ cholesky_of_singular(sigma2).T)
+        raise InputError(f"statistics of {len(mu1)} and of {len(mu2)} features, expected the same")
+    # With sigma = U' U, tr (sigma1 sigma2)^1/2 is the sum of the singular values of U1 U2'.
+    roots = linalg.svdvals(pivoted_cholesky(sigma1) @ pivoted_cholesky(sigma2).T)
     mean_term = np.square(mu1 - mu2).sum()
     return float(mean_term + np.trace(sigma1) + np.trace(sigma2) - 2 * roots.sum())
 
 
-def cholesky_of_singular(sigma):
+def check_statistics(mu, sigma):
+    """InputError unless they are finite numbers, (D,) and (D, D)."""
+    if mu.ndim != 1 or sigma.shape != 2 * mu.shape or not np.isfinite(mu.sum() + sigma.sum()):
+        raise InputError(f"mu {mu.shape}, sigma {sigma.shape}: expected finite (D,), (D, D)")
+
+
+def pivoted_cholesky(sigma):
     """(D, D) -> U (rank, D) with sigma = U' U. It pivots, so that zeros do not become noise."""
     factor, pivot, rank, _ = linalg.lapack.dpstrf(sigma)
     return np.triu(factor)[:rank, np.argsort(pivot)]
@@ -84,13 +87,9 @@ def inception_score(logits, split=5000):
 def precision_recall(ref, gen, k=3):
     """Features (N, D), (M, D), arrays or tensors -> two floats in [0, 1] (arXiv 1904.06991).
 
-    N and M are more than k; an image is not its own neighbour. Nothing is in float64, which Apple's
-    GPUs do not have.
+    N and M are more than k; an image is not its own neighbour. InputError as centered_features.
     """
-    ref = torch.as_tensor(ref).float()
-    center = ref.mean(0)  # smaller numbers round less
-    ref = ref - center
-    gen = torch.as_tensor(gen).float() - center
+    ref, gen, _ = centered_features(ref, gen, least=k + 1)
     ref_radius = neighbour_distance(ref, k)
     gen_radius = neighbour_distance(gen, k)
 
@@ -102,13 +101,34 @@ def precision_recall(ref, gen, k=3):
     return gen_inside.sum().item() / len(gen), ref_inside.sum().item() / len(ref)
 
 
+def centered_features(ref, gen, least):
+    """Arrays or tensors (N, D), (M, D) -> both less the mean of ref, and this mean, in float64; so
+    on the CPU if they were on an Apple GPU. InputError: other shapes, not finite, N or M < least.
+    """
+    pair = []
+    for x in (ref, gen):
+        x = torch.as_tensor(x).detach()
+        if x.ndim != 2 or len(x) < least or not x.isfinite().all():
+            raise InputError(f"features {list(x.shape)}: expected finite (N, D), N {least} or more")
+        if x.device.type == "mps":
+            x = x.cpu()
+        pair.append(x.double())
+    ref, gen = pair
+    if ref.shape[1] != gen.shape[1]:
+        raise InputError(
+            f"features of {ref.shape[1]} and {gen.shape[1]} numbers, expected the same"
+        )
+    center = ref.mean(0)
+    return ref - center, gen - center, center
+
+
 def neighbour_distance(x, k):
     """(N, D) -> (N,), squared distance of each row to its k-th neighbour, itself being the 0th"""
     blocks = squared_distances(x, x)
     return torch.cat([squared.topk(k + 1, largest=False)[0][:, k] for _, squared in blocks])
 
 
-def squared_distances(a, b, block=2**26):
+def squared_distances(a, b, block=2**25):
     """(n, D), (m, D) -> for each block of rows of a: their slice, squared distances (rows, m)"""
     b_norm = b.square().sum(1)
     step = max(1, block // len(b))
@@ -116,32 +136,227 @@ def squared_distances(a, b, block=2**26):
         rows = slice(start, start + step)
         norm = a[rows].square().sum(1, keepdim=True)
         squared = torch.addmm(b_norm, a[rows], b.T, alpha=-2) + norm
-        squared[squared < 1e-5 * norm] = 0  # the same image: what is left is rounding
+        squared[squared < 1e-10 * norm] = 0  # the same image: float32 rounds by 1e-6 of its norm
         yield rows, squared
 
 
 def kid(ref, gen):
     """Features (N, D), (M, D), arrays or tensors, N and M > 1 -> float (arXiv 1801.01401, eq. 4).
 
-    The unbiased estimate from all rows at once; it may be negative."""
-    ref = torch.as_tensor(ref).float()
-    gen = torch.as_tensor(gen).float()
+    The unbiased estimate from all rows at once; it may be negative. InputError as centered_features.
+    """
+    ref, gen, center = centered_features(ref, gen, least=2)
     n, m = len(ref), len(gen)
-    ref_mean = kernel_sum(ref, ref) / (n * (n - 1))
-    gen_mean = kernel_sum(gen, gen) / (m * (m - 1))
-    return ref_mean + gen_mean - 2 * kernel_sum(ref, gen) / (n * m)
+    scale = center.square().mean() + 1
+    unit = (scale * len(center)).sqrt()
+    ref, gen, center = (x / unit for x in (ref, gen, center))
+    within_ref = kernel_sum(ref, ref, center, same_set=True) / (n * (n - 1))
+    within_gen = kernel_sum(gen, gen, center, same_set=True) / (m * (m - 1))
+    between = kernel_sum(ref, gen, center, same_set=False) / (n * m)
+    return scale.item() ** 3 * (within_ref + within_gen - 2 * between)
 
 
-def kernel_sum(a, b, block=2**24):
-    """(n, D), (m, D) -> the sum of k over all pairs; of one set, over pairs of different rows"""
+def kernel_sum(a, b, center, same_set, block=2**23):
+    """(n, D), (m, D), (D,) -> the sum of k'(x, y) over all pairs; of one set: of different rows.
+
+    Far from zero k(x, y) is a large number for all pairs, and KID a small difference of its means.
+    With features center + x, where |center|^2 = 1 - 1 / scale, k is scale^3 (1 + u + v + w)^3,
+    u = center.x, v = center.y, w = x.y. What depends on x alone or on y alone cancels in KID:
+    k' = (1 + u + v + w)^3 - (1 + u)^3 - (1 + v)^3 + 1 is without it, multiplied out.
+    """
+    a_along = a @ center
+    b_along = b @ center
     total = 0.0
     step = max(1, block // len(b))
     for start in range(0, len(a), step):
-        values = (a[start : start + step] @ b.T / a.shape[1] + 1) ** 3
-        if a is b:
+        u = a_along[start : start + step, None]
+        w = a[start : start + step] @ b.T
+        p = 1 + u + b_along
+        values = 3 * u * b_along * (1 + p) + w * (3 * p * (p + w) + w * w)
+        if same_set:
             values.diagonal(start).zero_()
-        total += values.sum(1).cpu().double().sum().item()
+        total += values.sum().item()
     return total
+
+
+# ======= end of the core: the metrics; images, networks and the command follow ====================
+
+
+@contextmanager
+def input_errors(name):
+    """Whatever a library finds wrong with the file `name` becomes an InputError of one line."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{name} cannot be used: {error}") from error
+    except Exception as error:
+        reason = f"{type(error).__name__}, {str(error)[:250]}"
+        if isinstance(error, Image.DecompressionBombError):
+            reason += " --max-pixels N allows it, for images that you trust"
+        raise InputError(f"{name} cannot be used: {reason}") from error
+
+
+# ------------------------------------------------------------------------ images, features, statistics
+
+
+def to_rgb(image):
+    """PIL image -> RGB, 8 bits: upright, transparency on white, 16-bit grey scaled by 1 / 257.
+
+    InputError: a mode in which black and white are not defined (floats, 32-bit integers).
+    """
+    # 16-bit grey is mode I;16, but I in a PGM, and in a PNG with Pillow 10.
+    is_16_bit = image.mode.startswith("I;16")
+    is_16_bit |= image.mode == "I" and image.format in ("PNG", "PPM")
+    if image.mode in ("I", "F") and not is_16_bit:
+        kind = f"Pillow's mode {image.mode}, integers or floats in which black and white are not defined"
+        raise InputError(f"{kind}: save it with 8 or 16 bits")
+    bits = getattr(image, "tag_v2", {}).get(258, [16])[0]  # 12 in some TIFF files
+    image = ImageOps.exif_transpose(image)
+    if is_16_bit:
+        grey = np.asarray(image).astype(np.float64)
+        alpha = np.where(grey == image.info.get("transparency"), 0, 255)
+        grey = np.rint(grey * 255 / (2**bits - 1))
+        image = Image.fromarray(np.stack([grey, alpha], 2).astype(np.uint8))  # of mode LA
+    color = image.info.get("transparency")
+    if isinstance(color, tuple) and max(color) > 255:  # of 16-bit RGB, which Pillow reads as 8-bit
+        image.info["transparency"] = tuple(value >> 8 for value in color)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def image_files(folder, skip=None):
+    """-> sorted paths of all images below a folder; in words, what is left out for its ending.
+
+    What is hidden, and the folder `skip`, is passed over. Links are followed, but for those to what
+    holds the folder itself. A real folder is read once, however many links lead to it.
+    """
+    top = os.path.realpath(folder)
+    done = set()
+    if skip is not None:
+        done.add(os.path.realpath(skip))
+    files = []
+    places = [folder]
+    while places:
+        links = []  # they come after the real folders
+        for place in places:  # which grows
+            path = os.path.realpath(place)
+            if path in done or top.startswith(os.path.join(path, "")):
+                continue
+            done.add(path)
+            visible = [entry for entry in os.scandir(place) if not entry.name.startswith(".")]
+            folders = [entry for entry in visible if entry.is_dir()]
+            links += [entry.path for entry in folders if entry.is_symlink()]
+            places += [entry.path for entry in folders if not entry.is_symlink()]
+            files += [entry.path for entry in visible if not entry.is_dir()]
+        places = sorted(links)
+
+    images = []
+    left_out = Counter()
+    for file in sorted(files):
+        ending = os.path.splitext(file)[1].lower()
+        if ending in Image.registered_extensions():
+            images.append(file)
+        else:
+            left_out[ending or "without"] += 1
+    counts = [f"{count:,} {ending}" for ending, count in left_out.most_common(5)]
+    return images, ", ".join(counts)
+
+
+ImageSet = namedtuple("ImageSet", "path count read stats outputs")  # read(range) -> uint8 (H, W, 3)
+SUFFIXES = ("", "_s")  # of mu and sigma: pooled features, and those of sFID
+STANDARD = "inception-2015-12-05"  # statistics that do not say of what network they are
+EXPECTED = (
+    "expected a folder of images, an .npz of images (uint8 N, H, W, 3; arr_0 if there are several) "
+    "or of statistics (mu, sigma; no pickle), or an .npy of features (float N, D)"
+)
+POOL = ThreadPoolExecutor(8)  # decodes
+
+
+def open_set(path):
+    """-> ImageSet, of the kinds that the head of this file lists"""
+    with input_errors(path):
+        if os.path.isdir(path):
+            return open_folder(path)
+        with open(path, "rb") as file:
+            start = file.read(6)
+        if start == b"\x93NUMPY":
+            return open_npy(path)
+        if zipfile.is_zipfile(path):
+            return open_npz(path)
+        raise InputError(f"it begins with {start}; {EXPECTED}")
+
+
+def open_folder(path):
+    files, left_out = image_files(path)
+    if left_out:
+        print(f"{path}: files left out for their ending: {left_out}")
+    if len(files) < 4:
+        raise InputError(f"it holds {len(files)} images, expected 4 or more")
+
+    def read(rows):
+        return list(POOL.map(decode, files[rows.start : rows.stop]))
+
+    return ImageSet(path, len(files), read, {}, [])
+
+
+def decode(path):
+    with input_errors(path), Image.open(path) as image:
+        return np.array(to_rgb(image))
+
+
+def open_npy(path):
+    features = np.load(path, mmap_mode="r")
+    if features.ndim != 2 or features.dtype.kind != "f" or len(features) < 4:
+        raise InputError(f"it is {features.dtype} {features.shape}, N > 3; {EXPECTED}")
+    features = torch.from_numpy(features.astype(np.promote_types(features.dtype, np.float32)))
+    if not features.isfinite().all():
+        raise InputError("it holds numbers that are not finite")
+    return ImageSet(path, 0, None, {"n": len(features), "weights": "features"}, [features])
+
+
+def open_npz(path):
+    archive = np.lib.npyio.NpzFile(path)
+    if not all(part.endswith(".npy") for part in archive.zip.namelist()):
+        raise InputError(f"it is an archive of other files: unpack it; {EXPECTED}")
+    stats = {}
+    if "mu" in archive.files:
+        names = ("mu", "sigma", "mu_s", "sigma_s", "n")
+        stats = {name: archive[name] for name in names if name in archive.files}
+        check_statistics(stats["mu"], stats["sigma"])
+        if "mu_s" in stats:
+            check_statistics(stats["mu_s"], stats["sigma_s"])
+        if "n" in stats:
+            stats["n"] = int(stats["n"])
+        stats["weights"] = str(archive.get("weights", STANDARD))
+
+    given = []
+    images = {}
+    for name in archive.files:
+        with archive.zip.open(name + ".npy") as stream:
+            np.lib.format.read_magic(stream)
+            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+            given.append(f"{name} {dtype} {shape}")
+            if dtype == np.uint8 and shape[3:] == (3,) and shape[0] > 3 and not fortran_order:
+                images[name] = (shape, stream.tell())
+    if not images and "mu" in stats:
+        return ImageSet(path, 0, None, stats, [])
+    if len(images) != 1 and "arr_0" not in images:
+        raise InputError(f"it holds {', '.join(given)[:150]}; {EXPECTED}")
+    name = "arr_0" if "arr_0" in images else next(iter(images))
+    shape, start = images[name]
+    size = int(np.prod(shape[1:]))
+    stream = archive.zip.open(name + ".npy")  # the images are never all in memory
+
+    def read(rows):
+        with input_errors(path):
+            stream.seek(start + rows.start * size)
+            data = stream.read(len(rows) * size)
+            return np.frombuffer(data, np.uint8).reshape(len(rows), *shape[1:])
+
+    return ImageSet(path, shape[0], read, stats, [])
 
 
 # ---------------------------------------------------------- Inception, as TensorFlow had it in 2015
@@ -156,8 +371,9 @@ max_pool = nn.MaxPool2d(3, stride=1, padding=1)
 halve = nn.MaxPool2d(3, stride=2)
 
 
-def conv_bn(in_channels, out_channels, kernel, stride=1, padding="same"):
+def conv_bn(in_channels, out_channels, kernel, stride=1, padding="same", pool=None):
     layer = nn.Sequential()
+    layer.pool = pool or nn.Identity()
     layer.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, bias=False)
     layer.bn = nn.BatchNorm2d(out_channels, eps=1e-3)
     layer.relu = nn.ReLU(inplace=True)
@@ -165,102 +381,75 @@ def conv_bn(in_channels, out_channels, kernel, stride=1, padding="same"):
     return layer
 
 
-class Block(nn.Module):
-    """Layers, each (what it reads, width, kernel, stride, padding): x, which comes in, pool, which
-    is x pooled, or another layer. What none of them reads goes out, side by side."""
+def chain(channels, *layers):
+    """Layers (width, kernel, stride, padding), one after another; the file names them _1, _2 ..."""
+    branch = nn.Sequential()
+    for number, (width, *shape) in enumerate(layers, 1):
+        branch.add_module(f"+_{number}", conv_bn(channels, width, *shape))
+        channels = width
+    return branch
 
-    def __init__(self, channels, pool, **layers):
-        super().__init__()
-        self.pool = pool
-        self.sources = {}
-        widths = {"x": channels, "pool": channels}
-        for name, (source, width, *shape) in layers.items():
-            self.add_module(name, conv_bn(widths[source], width, *shape))
-            self.sources[name] = source
-            widths[name] = width
+
+class Branches(nn.Module):
+    """What its modules make of x, side by side"""
 
     def forward(self, x):
-        values = {"x": x, "pool": self.pool(x)}
-        for name, source in self.sources.items():
-            values[name] = self.get_submodule(name)(values[source])
-        read = self.sources.values()
-        return torch.cat([values[name] for name in [*self.sources, "pool"] if name not in read], 1)
+        return torch.cat([branch(x) for branch in self.children()], 1)
 
 
 def inception_a(channels, pool_width):
     """Figure 5: 35 x 35"""
-    return Block(
-        channels,
-        average_pool,
-        branch1x1=("x", 64, 1),
-        branch5x5_1=("x", 48, 1),
-        branch5x5_2=("branch5x5_1", 64, 5),
-        branch3x3dbl_1=("x", 64, 1),
-        branch3x3dbl_2=("branch3x3dbl_1", 96, 3),
-        branch3x3dbl_3=("branch3x3dbl_2", 96, 3),
-        branch_pool=("pool", pool_width, 1),
-    )
+    block = Branches()
+    block.branch1x1 = conv_bn(channels, 64, 1)
+    block.branch5x5 = chain(channels, (48, 1), (64, 5))
+    block.branch3x3dbl = chain(channels, (64, 1), (96, 3), (96, 3))
+    block.branch_pool = conv_bn(channels, pool_width, 1, pool=average_pool)
+    return block
 
 
 def inception_b(channels):
     """Figure 10: from 35 x 35 to 17 x 17"""
-    return Block(
-        channels,
-        halve,
-        branch3x3=("x", 384, 3, 2, 0),
-        branch3x3dbl_1=("x", 64, 1),
-        branch3x3dbl_2=("branch3x3dbl_1", 96, 3),
-        branch3x3dbl_3=("branch3x3dbl_2", 96, 3, 2, 0),
-    )
+    block = Branches()
+    block.branch3x3 = conv_bn(channels, 384, 3, 2, 0)
+    block.branch3x3dbl = chain(channels, (64, 1), (96, 3), (96, 3, 2, 0))
+    block.pool = halve
+    return block
 
 
 def inception_c(channels, width):
     """Figure 6: 17 x 17"""
-    return Block(
-        channels,
-        average_pool,
-        branch1x1=("x", 192, 1),
-        branch7x7_1=("x", width, 1),
-        branch7x7_2=("branch7x7_1", width, (1, 7)),
-        branch7x7_3=("branch7x7_2", 192, (7, 1)),
-        branch7x7dbl_1=("x", width, 1),
-        branch7x7dbl_2=("branch7x7dbl_1", width, (7, 1)),
-        branch7x7dbl_3=("branch7x7dbl_2", width, (1, 7)),
-        branch7x7dbl_4=("branch7x7dbl_3", width, (7, 1)),
-        branch7x7dbl_5=("branch7x7dbl_4", 192, (1, 7)),
-        branch_pool=("pool", 192, 1),
+    block = Branches()
+    block.branch1x1 = conv_bn(channels, 192, 1)
+    block.branch7x7 = chain(channels, (width, 1), (width, (1, 7)), (192, (7, 1)))
+    block.branch7x7dbl = chain(
+        channels, (width, 1), (width, (7, 1)), (width, (1, 7)), (width, (7, 1)), (192, (1, 7))
     )
+    block.branch_pool = conv_bn(channels, 192, 1, pool=average_pool)
+    return block
 
 
 def inception_d(channels):
     """As figure 10: from 17 x 17 to 8 x 8"""
-    return Block(
-        channels,
-        halve,
-        branch3x3_1=("x", 192, 1),
-        branch3x3_2=("branch3x3_1", 320, 3, 2, 0),
-        branch7x7x3_1=("x", 192, 1),
-        branch7x7x3_2=("branch7x7x3_1", 192, (1, 7)),
-        branch7x7x3_3=("branch7x7x3_2", 192, (7, 1)),
-        branch7x7x3_4=("branch7x7x3_3", 192, 3, 2, 0),
-    )
+    block = Branches()
+    block.branch3x3 = chain(channels, (192, 1), (320, 3, 2, 0))
+    block.branch7x7x3 = chain(channels, (192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2, 0))
+    block.pool = halve
+    return block
 
 
 def inception_e(channels, pool):
-    """Figure 7: 8 x 8"""
-    return Block(
-        channels,
-        pool,
-        branch1x1=("x", 320, 1),
-        branch3x3_1=("x", 384, 1),
-        branch3x3_2a=("branch3x3_1", 384, (1, 3)),
-        branch3x3_2b=("branch3x3_1", 384, (3, 1)),
-        branch3x3dbl_1=("x", 448, 1),
-        branch3x3dbl_2=("branch3x3dbl_1", 384, 3),
-        branch3x3dbl_3a=("branch3x3dbl_2", 384, (1, 3)),
-        branch3x3dbl_3b=("branch3x3dbl_2", 384, (3, 1)),
-        branch_pool=("pool", 192, 1),
-    )
+    """Figure 7: 8 x 8. The last layers of two branches are 1 x 3 and 3 x 1, side by side."""
+    block = Branches()
+    block.branch1x1 = conv_bn(channels, 320, 1)
+    block.branch3x3 = chain(channels, (384, 1))
+    block.branch3x3dbl = chain(channels, (448, 1), (384, 3))
+    for number, branch in ((2, block.branch3x3), (3, block.branch3x3dbl)):
+        last = Branches()
+        last.add_module("+a", conv_bn(384, 384, (1, 3)))
+        last.add_module("+b", conv_bn(384, 384, (3, 1)))
+        branch.add_module(f"+_{number}", last)
+    block.branch_pool = conv_bn(channels, 192, 1, pool=pool)
+    return block
 
 
 class Inception(nn.Module):
@@ -288,6 +477,8 @@ class Inception(nn.Module):
 
     def forward(self, x):
         """uint8 (B, 3, H, W) -> pool (B, 2048), spatial (B, 2023), logits (B, 1008), no bias"""
+        if x.dtype != torch.uint8:
+            raise InputError(f"images are {x.dtype}, expected torch.uint8, 0 to 255")
         x = (resize_tf1(x.float()) - 128) / 128  # (B, 3, 299, 299)
         for name, layer in self.named_children():
             if name in ("Conv2d_3b_1x1", "Mixed_5b"):
@@ -317,301 +508,141 @@ def load_inception(source=None):
         torch.default_generator.manual_seed(0)
         model = Inception().eval().requires_grad_(False)
     if source != "random":
-        with reading(f"the weights (--inception {source or 'PATH'}, of {INCEPTION_URL})"):
+        with input_errors(f"the weights (--inception {source or 'PATH'}, of {INCEPTION_URL})"):
             if source is None:
                 download = torch.hub.load_state_dict_from_url
                 source = download(INCEPTION_URL, check_hash=True, weights_only=True)
             elif not isinstance(source, dict):
                 source = torch.load(source, map_location="cpu", weights_only=True)
-            missing = model.load_state_dict(dict(source), strict=False).missing_keys
+            names = {name.replace(".+", ""): name for name in model.state_dict()}
+            state = {names.get(name, name): values for name, values in source.items()}
+            missing = model.load_state_dict(state, strict=False).missing_keys
             if missing:
                 raise InputError(f"{len(missing)} keys are missing, such as {missing[0]}")
     return model.to(memory_format=torch.channels_last)
 
 
-@contextmanager
-def reading(name):
-    """Whatever a library finds wrong with a file becomes one line that names it."""
-    try:
-        yield
-    except Exception as error:
-        message = f"{name} cannot be used: {type(error).__name__}, {str(error)[:150]}"
-        raise InputError(message) from error
+# ------------------------------------------------------------------------ from networks to numbers
 
 
-# ----------------------------------------------------------------------------------- other networks
+class ClassToken(nn.Module):
+    """DINOv2 as in EDM2. source: its name, or the path of its weights"""
 
+    def __init__(self, source):
+        super().__init__()
+        try:
+            from model import load_dinov2
+        except ImportError as error:
+            raise InputError(f"--network needs GMem's model.py beside fid.py: {error}") from error
+        with input_errors(f"--network {source}"):
+            self.dino = load_dinov2(source)
+        self.register_buffer("mean", torch.tensor([123.675, 116.28, 103.53])[:, None, None])
+        self.register_buffer("std", torch.tensor([58.395, 57.12, 57.375])[:, None, None])
 
-def load_class_token(source, device):
-    """A DINOv2 (its name, or the path of its weights) -> uint8 (B, 3, H, W) to its class token [(B,
-    D)], as in EDM2"""
-    with reading(f"--network {source}"):
-        from model import load_dinov2
-
-        dino = load_dinov2(source).to(device)
-    mean = torch.tensor([123.675, 116.28, 103.53], device=device)[:, None, None]
-    std = torch.tensor([58.395, 57.12, 57.375], device=device)[:, None, None]
-
-    def class_token(x):
+    def forward(self, x):
+        """uint8 (B, 3, H, W) -> [(B, D)]"""
         x = F.interpolate(x.float(), (224, 224), mode="bicubic", antialias=True)
-        return dino((x - mean) / std)[:1]
-
-    return class_token
-
-
-def load_program(path, device):
-    """A file of torch.export.save -> its program, uint8 (B, 3, H, W) to [(B, D)]"""
-    from torch.export.passes import move_to_device_pass  # slow to import
-
-    with reading(path):
-        exported = torch.export.load(harmless_copy(path))
-        program = move_to_device_pass(exported, device).module()
-        (argument,) = program.graph.find_nodes(op="placeholder")
-        expected = list(argument.meta["val"].shape)
-
-    def features(x):
-        for size, given in zip(expected, x.shape):
-            if isinstance(size, int) and size != given:
-                message = f"{path} takes images {expected}, not {list(x.shape)}"
-                raise InputError(f"{message}: resize them, or export it with a dynamic batch size")
-        with reading(path):
-            return [program(x)]
-
-    return features
-
-
-# torch.export.load unpickles parts of an archive, evaluates its expressions, and makes Python code
-# of its names.
-# So it gets a copy without the pickled parts, in which each text has to match what is harmless.
-PARTS = (
-    r"[^/]+/(archive_format|archive_version|byteorder|\.data/\w+|models/\w+\.json"
-    r"|data/sample_inputs/\w+\.pt|data/(weights|constants)/(\w+\.json|(weight|tensor)_\d+))"
-)
-NAME = r"[\w.@+-]*"
-TREE = r'(\b(type|context|children_spec|null|builtins|tuple|list|dict|\d)\b|[][{}:,." ])*'
-OPERATOR = (
-    r"torch\.ops\.aten\.(?!save|from_file)\w+\.\w+|torch\.ops\.higher_order\.wrap_with_\w+"
-    r"|_operator\.(add|sub|mul|floordiv|mod|neg|getitem|eq|ne|ge|gt|le|lt)"
-)
-TEXTS = {
-    "use_pickle": "False",
-    "target": OPERATOR,
-    "as_operator": OPERATOR,
-    "in_spec": TREE,
-    "out_spec": TREE,
-    "as_string": r"[\w.,> -]*",
-    "expr_str": r"(\b(Symbol|Integer|Add|Mul|Pow|Max|Min|Mod|PythonMod|FloorDiv|positive|integer"
-    r"|nonnegative|True|[su]?\d+)\b|[-+*/(),=' ])*",
-}
-
-
-def harmless_copy(path):
-    """The archive at path -> a file in memory. InputError: loading it might run code."""
-    copy = io.BytesIO()
-    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as clean:
-        for part in archive.namelist():
-            if not re.fullmatch(PARTS, part):
-                raise InputError(f"loading it might run code: it holds {part}")
-            data = archive.read(part)
-            if part.endswith(".json"):
-                data = json.dumps(harmless(json.loads(data)))
-            if part.endswith(".pt"):
-                data = b""  # the sample inputs, pickled, and not needed
-            clean.writestr(part, data)
-    copy.seek(0)
-    return copy
-
-
-def harmless(content, key=""):
-    """JSON -> the same without what only serves debugging"""
-    if key in ("metadata", "guards_code"):
-        return type(content)()
-    if isinstance(content, dict):
-        return {harmless(name): harmless(value, name) for name, value in content.items()}
-    if isinstance(content, list):
-        return [harmless(value, key) for value in content]
-    if not re.fullmatch(TEXTS.get(key, NAME), str(content), re.ASCII):
-        raise InputError(f"loading it might run code: {key} is {content}")
-    return content
-
-
-# -------------------------------------------------------------------------- images in, features out
-
-RANK = int(os.environ.get("RANK", "0"))
-WORLD = int(os.environ.get("WORLD_SIZE", "1"))
-POOL = ThreadPoolExecutor(8)  # decodes
-ImageSet = namedtuple("ImageSet", "path count read stats")  # read(range) -> uint8 arrays (H, W, 3)
-SUFFIXES = ("", "_s")  # of mu and sigma: pooled features, and those of sFID
-
-
-def open_set(path):
-    """A folder of images, or an .npz of images, statistics or both -> ImageSet"""
-    with reading(path):
-        if os.path.isdir(path):
-            return open_folder(path)
-        return open_npz(path)
-
-
-def open_folder(path):
-    endings = tuple(Image.registered_extensions())
-    names = sorted(glob.glob(glob.escape(path) + "/**", recursive=True))
-    files = [name for name in names if name.lower().endswith(endings)]
-    if len(files) < 4:
-        raise InputError(f"it holds {len(files)} images, expected 4 or more")
-
-    def read(rows):
-        return list(POOL.map(decode, files[rows.start : rows.stop]))
-
-    return ImageSet(path, len(files), read, {})
-
-
-def decode(path):
-    with reading(path), Image.open(path) as image:
-        return np.array(image.convert("RGB"))
-
-
-def open_npz(path):
-    archive = np.lib.npyio.NpzFile(path)
-    names = ("mu", "sigma", "mu_s", "sigma_s", "n", "weights")
-    stats = {name: archive[name] for name in names if name in archive.files}
-    for suffix in SUFFIXES:
-        if "mu" + suffix in stats:
-            mu = stats["mu" + suffix]
-            sigma = stats["sigma" + suffix]
-            if sigma.shape != 2 * mu.shape or not np.isfinite(mu.sum() + sigma.sum()):
-                raise InputError(f"mu{suffix}, sigma{suffix}: not finite numbers (D,), (D, D)")
-    if stats and "arr_0" not in archive.files:
-        return ImageSet(path, 0, list, stats)
-
-    stream = archive.zip.open("arr_0.npy")  # the images are never all in memory
-    np.lib.format.read_magic(stream)
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    if dtype != np.uint8 or fortran or shape[3:] != (3,) or shape[0] < 4:
-        raise InputError(f"arr_0 is {dtype} {shape}, expected uint8 (N, H, W, 3), N > 3, C order")
-    start = stream.tell()
-    size = int(np.prod(shape[1:]))
-
-    def read(rows):
-        with reading(path):
-            stream.seek(start + rows.start * size)
-            data = stream.read(len(rows) * size)
-            return np.frombuffer(data, np.uint8).reshape(len(rows), *shape[1:])
-
-    return ImageSet(path, shape[0], read, stats)
-
-
-@torch.no_grad()
-def extract(images, network, device, batch_size):
-    """-> the outputs of the network, (N, D) each, float32, on the CPU; [] without images"""
-    first = images.count * RANK // WORLD
-    last = images.count * (RANK + 1) // WORLD
-    parts = []
-    with tqdm(total=last - first, desc=images.path, unit="img", disable=RANK > 0) as bar:
-        for batch in read_ahead(images.read, range(first, last), batch_size):
-            parts += run(network, batch, device)
-            bar.update(len(batch))
-    if WORLD > 1:
-        shares = [None] * WORLD
-        torch.distributed.all_gather_object(shares, parts)
-        parts = []
-        for share in shares:
-            parts += share
-    return [torch.cat(values) for values in zip(*parts)]
-
-
-def read_ahead(read, rows, batch_size):
-    """-> batches of images; each is read while the network has the one before"""
-    with ThreadPoolExecutor(1) as thread:
-        pending = thread.submit(read, rows[:batch_size])
-        for start in range(batch_size, len(rows) + batch_size, batch_size):
-            batch = pending.result()
-            pending = thread.submit(read, rows[start : start + batch_size])
-            yield batch
-
-
-def run(network, batch, device):
-    """uint8 arrays (H, W, 3) -> list of outputs, (b, D) each: images of one size go in together"""
-    if len({image.shape for image in batch}) > 1:
-        return [run(network, [image], device)[0] for image in batch]
-    x = torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)
-    outputs = [values.float().cpu() for values in network(x.to(device))]
-    if not all(values.isfinite().all() for values in outputs):
-        raise InputError("the features are not finite; are the weights?")
-    return [outputs]
-
-
-# -------------------------------------------------------------------------------------- numbers out
+        return self.dino((x - self.mean) / self.std)[:1]
 
 
 def load_network(args):
-    """-> a function of uint8 (B, 3, H, W): outputs (B, D), the first of which are the features"""
-    if args.network is None:
-        return load_inception(args.inception).to(args.device)
-    if args.network.endswith(".pt2"):
-        return load_program(args.network, args.device)
-    return load_class_token(args.network, args.device)
-
-
-def network_name(args):
-    """Statistics are stored with it; those of one name are comparable."""
+    """-> network: uint8 (B, 3, H, W) to outputs (B, D), the first of which are the features; the
+    name of its weights. Statistics are stored with the name: those of one name are comparable."""
+    if args.network:
+        network = ClassToken(args.network).to(args.device)
+        return network, f"dinov2 {fingerprint(network)}"
+    network = load_inception(args.inception).to(args.device)
     if args.inception == "random":
-        return "random"
-    if args.network is None:
-        return "inception-2015-12-05"
-    name = os.path.basename(args.network)
-    if os.path.isfile(args.network):
-        with open(args.network, "rb") as file:
-            name += f" {zlib.crc32(file.read()):08x}"
-    return name
+        return network, "random"
+    if args.inception:
+        with open(args.inception, "rb") as file:
+            sha256 = hashlib.sha256(file.read()).hexdigest()
+        if not INCEPTION_URL.endswith(f"{sha256[:8]}.pth"):
+            return network, f"inception {fingerprint(network)}"
+    return network, STANDARD
 
 
-def check_network(images, name):
-    """Statistics of another network are left aside, where there are images, or an error."""
-    made_by = str(images.stats.setdefault("weights", "inception-2015-12-05"))
-    if made_by == name:
-        return
-    if images.count == 0:
-        raise InputError(f"the statistics in {images.path} are of {made_by}, not of {name}")
-    images.stats.clear()
-    images.stats["weights"] = name
+def fingerprint(network):
+    """-> hexadecimal digits that tell its weights, from whatever file they were read"""
+    digest = hashlib.sha256()
+    for name, values in network.state_dict().items():
+        if not name.endswith("num_batches_tracked"):  # not all files have these
+            digest.update(values.float().cpu().contiguous().numpy())
+    return digest.hexdigest()[:12]
 
 
-def add_statistics(images, outputs):
-    """Those that its file does not have, of outputs (N, D)"""
-    images.stats.setdefault("n", images.count)
-    for suffix, values in zip(SUFFIXES, outputs):
-        if "mu" + suffix not in images.stats:
-            images.stats["mu" + suffix] = values.mean(0, dtype=torch.float64).numpy()
-            images.stats["sigma" + suffix] = np.cov(values.T)
+@torch.no_grad()
+def compute_outputs(images, network, device, batch_size):
+    """ImageSet -> the outputs of the network, (N, D) each, float32, on the CPU"""
+    rows = range(images.count)
+    outputs = []
+    pending = POOL.submit(images.read, rows[:batch_size])
+    with tqdm(total=len(rows), desc=images.path, unit="img") as bar:
+        for start in rows[::batch_size]:
+            batch = pending.result()  # the next one is read while the network has this one
+            pending = POOL.submit(images.read, rows[start + batch_size : start + 2 * batch_size])
+            groups = [batch]
+            if len({image.shape for image in batch}) > 1:
+                groups = [[image] for image in batch]
+            for group in groups:  # of images of one size
+                x = torch.from_numpy(np.stack(group)).permute(0, 3, 1, 2)
+                outputs.append([values.float().cpu() for values in network(x.to(device))])
+            bar.update(len(batch))
+    outputs = [torch.cat(values) for values in zip(*outputs)]
+    if not all(values.isfinite().all() for values in outputs):
+        raise InputError(f"the features of {images.path} are not finite; are the weights?")
+    return outputs
 
 
-def evaluate(ref, gen, ref_outputs, gen_outputs, distances, device):
-    """ImageSets and their outputs, [pool, spatial, logits], [features] or [] -> numbers by name.
+def complete(ref, gen, args):
+    """Computes the outputs for the images and the statistics that their files do not have."""
+    network = None
+    name = ref.stats.get("weights")
+    if ref.count or gen.count:
+        if ref.outputs or gen.outputs:
+            raise InputError(f"{ref.path}, {gen.path}: expected features of both, or images")
+        network, name = load_network(args)
+    for images in (ref, gen):
+        made_by = images.stats.setdefault("weights", name)
+        if made_by != name and not images.count:
+            raise InputError(f"{images.path} is of {made_by}, expected: of {name}")
+        if made_by != name:  # the images are there
+            images.stats.clear()
+        images.stats["weights"] = name
 
-    The distances are named in the order of SUFFIXES. None: it takes images, there are statistics.
-    """
-    add_statistics(ref, ref_outputs)
-    add_statistics(gen, gen_outputs)
-    result = {
-        "weights": gen.stats["weights"],
-        "N_ref": int(ref.stats["n"]),
-        "N_samples": int(gen.stats["n"]),
-    }
-    for suffix, name in zip(SUFFIXES, distances):
+    for images in (ref, gen):
+        if images.count:
+            images.outputs.extend(compute_outputs(images, network, args.device, args.batch_size))
+        images.stats.setdefault("n", images.count)
+        for suffix, values in zip(SUFFIXES, images.outputs):
+            if "mu" + suffix not in images.stats:
+                images.stats["mu" + suffix] = values.mean(0, dtype=torch.float64).numpy()
+                images.stats["sigma" + suffix] = np.atleast_2d(np.cov(values.T))
+
+
+def evaluate(ref, gen, device):
+    """Complete ImageSets -> numbers by name. None: they take images or features of both"""
+    name = gen.stats["weights"]
+    result = {"weights": name, "N_ref": ref.stats["n"], "N_samples": gen.stats["n"]}
+    distances = ("FD",)
+    if name == "random" or name.startswith("inception"):
+        distances = ("FID", "sFID")
+    for suffix, distance in zip(SUFFIXES, distances):
         mu = "mu" + suffix
         sigma = "sigma" + suffix
         if mu in ref.stats and mu in gen.stats:
-            result[name] = frechet_distance(
+            result[distance] = frechet_distance(
                 ref.stats[mu], ref.stats[sigma], gen.stats[mu], gen.stats[sigma]
             )
-    if len(gen_outputs) == 3:
-        result["IS"] = inception_score(gen_outputs[2])
+    if len(gen.outputs) == 3:
+        result["IS"] = inception_score(gen.outputs[2])
     result.update(precision=None, recall=None, KID=None)
-    if ref_outputs and gen_outputs:
-        ref_pool = ref_outputs[0].to(device)
-        gen_pool = gen_outputs[0].to(device)
-        result["precision"], result["recall"] = precision_recall(ref_pool, gen_pool)
-        result["KID"] = kid(ref_pool, gen_pool)
+    if ref.outputs and gen.outputs:
+        if device == "mps":
+            device = "cpu"  # for float64
+        features = (ref.outputs[0].to(device), gen.outputs[0].to(device))
+        result["precision"], result["recall"] = precision_recall(*features)
+        result["KID"] = kid(*features)
     return result
 
 
@@ -621,7 +652,7 @@ def report(result):
         note = "  (random weights: comparable with nothing)"
     for key, value in result.items():
         if value is None:
-            value = "unknown: it takes images, there are only statistics"
+            value = "unknown: it takes images or features, there are only statistics"
         print(f"{key}: {value}{note}")
     if 0 < result["N_ref"] < 2048 or 0 < result["N_samples"] < 2048:
         warning = "N < 2,048: the distances are biased, and the covariances singular where N < D"
@@ -630,9 +661,10 @@ def report(result):
 
 @contextmanager
 def atomic_write(path):
-    with open(path + ".tmp", "wb") as file:
+    temporary = f"{path}.{os.getpid()}.tmp"
+    with open(temporary, "wb") as file:
         yield file
-    os.replace(path + ".tmp", path)
+    os.replace(temporary, path)
 
 
 class Parser(argparse.ArgumentParser):
@@ -643,60 +675,71 @@ class Parser(argparse.ArgumentParser):
 def parse_arguments():
     best = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     parser = Parser(usage="fid.py REF SAMPLES [options]")
-    parser.add_argument("sets", nargs=2, metavar="SET", help="a folder of images or an .npz")
+    add = parser.add_argument
+    add("ref", metavar="REF", help="real images: a folder, .npz or .npy, as in the head of fid.py")
+    add("samples", metavar="SAMPLES", help="generated images, likewise")
     networks = parser.add_mutually_exclusive_group()
-    networks.add_argument("--inception", help="its weights file (else downloaded), or random")
-    networks.add_argument("--network", help="another: dinov2_vitl14, its weights file, F.pt2")
-    parser.add_argument("--save-stats", metavar="F.npz", help="REF's statistics, to stand for it")
-    parser.add_argument("--json", metavar="F", help="the numbers, for programs")
-    parser.add_argument("--batch-size", type=int, default=64, help="of one process")
-    parser.add_argument("--device", choices={"cpu", best}, default=best)
+    networks.add_argument("--inception", metavar="PATH", help="weights of Inception, or random")
+    networks.add_argument("--network", help="DINOv2 instead: dinov2_vitl14, or a file of weights")
+    add("--save-stats", metavar="F.npz", help="write REF's statistics, to be given as REF later")
+    add("--json", metavar="F", help="write the numbers as JSON")
+    add("--batch-size", type=int, default=64, metavar="N", help="images at a time")
+    add("--max-pixels", type=int, metavar="N", help="take images of up to twice N pixels")
+    add("--device", choices={"cpu", best}, default=best)
     args = parser.parse_args()
-    if args.batch_size < 1:
-        raise InputError(f"--batch-size {args.batch_size}, expected 1 or more")
+    for name, number in (("batch-size", args.batch_size), ("max-pixels", args.max_pixels)):
+        if number is not None and number < 1:
+            raise InputError(f"--{name} {number}, expected 1 or more")
+    inputs = (os.path.realpath(args.ref), os.path.realpath(args.samples))
     for path in (args.save_stats, args.json):
-        if path and not os.path.isdir(os.path.dirname(path) or "."):
-            raise InputError(f"there is no folder for {path}")
-    if args.device == "cuda":
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        if path and (os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or ".")):
+            raise InputError(f"there is no folder for {path}, or it is one")
+        if path and os.path.realpath(path) in inputs:
+            raise InputError(f"{path} is given, and would be overwritten")
     return args
 
 
 def main():
     args = parse_arguments()
-    name = network_name(args)
-    ref, gen = (open_set(path) for path in args.sets)
-    check_network(ref, name)
-    check_network(gen, name)
-
+    if args.max_pixels:
+        Image.MAX_IMAGE_PIXELS = args.max_pixels  # Pillow warns of more, and refuses twice as many
     torch.backends.cudnn.allow_tf32 = False
-    if WORLD > 1:
-        torch.distributed.init_process_group("gloo")
-    network = None
-    if ref.count or gen.count:
-        network = load_network(args)
-    ref_outputs = extract(ref, network, args.device, args.batch_size)
-    gen_outputs = extract(gen, network, args.device, args.batch_size)
-    if WORLD > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-    if RANK > 0:
-        return
+    ref = open_set(args.ref)
+    gen = open_set(args.samples)
+    complete(ref, gen, args)
+    result = evaluate(ref, gen, args.device)
+    try:
+        if args.json:
+            with atomic_write(args.json) as file:
+                file.write(json.dumps(result, indent=1).encode())
+        if args.save_stats:
+            with atomic_write(args.save_stats) as file:
+                np.savez(file, **ref.stats)
+    finally:  # the numbers are shown also where they cannot be written
+        report(result)
 
-    distances = ("FID", "sFID")
-    if args.network:
-        distances = ("FD",)
-    result = evaluate(ref, gen, ref_outputs, gen_outputs, distances, args.device)
-    report(result)
-    if args.json:
-        with atomic_write(args.json) as file:
-            file.write(json.dumps(result, indent=1).encode())
-    if args.save_stats:
-        with atomic_write(args.save_stats) as file:
-            np.savez(file, **ref.stats)
+
+class SafeFile(io.FileIO):
+    """A file whose reader may have gone, as that of a pipe: this ends no run."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def safe_output(stream):
+    """Standard output or error -> the same, which also takes characters that it cannot show"""
+    if stream is None:  # it was closed
+        return open(os.devnull, "w")
+    file = io.BufferedWriter(SafeFile(stream.fileno(), "w", closefd=False))
+    return io.TextIOWrapper(file, stream.encoding, "backslashreplace", line_buffering=True)
 
 
 if __name__ == "__main__":
+    sys.stdout = safe_output(sys.stdout)
+    sys.stderr = safe_output(sys.stderr)
     try:
         main()
     except KeyboardInterrupt:

@@ -5,6 +5,7 @@ and no network.
 import argparse
 import copy
 import dataclasses
+import hashlib
 import io
 import json
 import math
@@ -15,12 +16,15 @@ import resource
 import runpy
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
 import tracemalloc
 import zipfile
+import zlib
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
@@ -3543,12 +3547,46 @@ def test_precision_and_recall_count_images_within_the_radius_of_the_third_neighb
     assert 0.1 < min(precision, recall) < max(precision, recall) < 0.99
 
 
+def test_statistics_that_are_none_are_refused():
+    eye = np.eye(3)
+    for mu, sigma in (
+        (np.zeros(()), np.zeros(())),
+        (np.zeros((1, 3)), eye),
+        (np.zeros(3), eye[:2]),
+        (np.full(3, np.nan), eye),
+        (np.zeros(3), np.full((3, 3), np.inf)),
+    ):
+        refused(
+            "expected finite",
+            fid.frechet_distance,
+            np.zeros(3),
+            eye,
+            mu,
+            sigma,
+            error=fid.InputError,
+        )
+
+
+def test_precision_and_recall_keep_their_digits_where_features_are_far_apart():
+    # two groups, each of which has half of both sets: what counts are distances within a group
+    rng = np.random.default_rng(0)
+    groups = 1e4 * np.arange(100).reshape(-1, 1) % 2e4
+    ref = rng.normal(size=(100, 4)) + groups
+    gen = 0.8 + 1.5 * rng.normal(size=(100, 4)) + groups
+    ref_radius = np.sort(squares(ref, ref), axis=1)[:, 3]
+    gen_radius = np.sort(squares(gen, gen), axis=1)[:, 3]
+    precision = (squares(ref, gen) <= ref_radius[:, None]).any(0).mean()
+    recall = (squares(ref, gen) <= gen_radius).any(1).mean()
+    assert np.allclose(fid.precision_recall(ref, gen), (precision, recall))
+    assert 0.1 < min(precision, recall) < max(precision, recall) < 1
+
+
 def test_distances_come_in_blocks():
-    ref, gen = (torch.tensor(x - 100).float() for x in two_clouds())
+    ref, gen = (torch.tensor(x - 100) for x in two_clouds())
     blocks = list(fid.squared_distances(ref, gen, block=500))
     assert len(blocks) == 10
     together = torch.cat([squared for _, squared in blocks])
-    assert np.allclose(together, squares(ref.numpy(), gen.numpy()), atol=1e-4)
+    assert np.allclose(together, squares(ref.numpy(), gen.numpy()), atol=1e-9)
 
 
 def kid_of_pairs(x, y):
@@ -3579,11 +3617,38 @@ def test_kid_of_two_sets_of_one_distribution_is_about_zero_on_either_side():
     assert abs(np.mean(values)) < np.std(values)
 
 
+def test_kid_of_one_tensor_twice_is_that_of_two_equal_sets():
+    x = np.random.default_rng(0).normal(size=(20, 6))
+    tensor = torch.tensor(x)
+    assert fid.kid(tensor, tensor) < 0
+    assert abs(fid.kid(tensor, tensor) / kid_of_pairs(x, x) - 1) < 1e-9
+
+
+@pytest.mark.parametrize("mean", [1e3, 1e6])
+def test_kid_keeps_its_digits_far_from_zero(mean):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(12, 8)) + mean
+    y = rng.normal(size=(10, 8)) + mean + 0.1
+    exact_x, exact_y = (np.vectorize(Fraction, otypes=[object])(a) for a in (x, y))
+    want = kid_of_pairs(exact_x, exact_y)  # in rational numbers, without rounding
+    assert abs(fid.kid(x, y) / float(want) - 1) < 1e-9
+
+
+def test_features_of_which_there_are_too_few_or_that_are_none_are_refused():
+    x = np.zeros((4, 2))
+    for f, few in ((fid.kid, 1), (fid.precision_recall, 3)):
+        refused(f"N {few + 1} or more", f, x, x[:few], error=fid.InputError)
+        refused("expected finite", f, x + np.inf, x, error=fid.InputError)
+        refused("expected finite", f, x, x[:, 0], error=fid.InputError)
+        refused("2 and 1 numbers", f, x, x[:, :1], error=fid.InputError)
+
+
 def test_kernel_sums_are_the_same_in_blocks():
-    ref, gen = (torch.tensor(x - 100).float() for x in two_clouds())
-    for a, b in ((ref, gen), (ref, ref)):
-        whole = fid.kernel_sum(a, b)
-        assert abs(fid.kernel_sum(a, b, block=500) / whole - 1) < 1e-6
+    ref, gen = (torch.tensor(x - 100) for x in two_clouds())
+    center = torch.tensor([0.5, 0.1, 0.2, -0.3], dtype=torch.float64)
+    for a, b, same_set in ((ref, gen, False), (ref, ref, True)):
+        whole = fid.kernel_sum(a, b, center, same_set)
+        assert abs(fid.kernel_sum(a, b, center, same_set, block=500) / whole - 1) < 1e-12
 
 
 # ----------------------------------------------------------------------------- Inception
@@ -3615,12 +3680,18 @@ def test_average_pooling_does_not_count_the_padding():
 
 def test_only_the_last_block_takes_the_maximum(inception):
     x = torch.randn(1, 2048, 8, 8)
-    assert torch.equal(inception.Mixed_7b.pool(x), fid.average_pool(x))
-    assert torch.equal(inception.Mixed_7c.pool(x), torch.nn.functional.max_pool2d(x, 3, 1, 1))
+    assert torch.equal(inception.Mixed_7b.branch_pool.pool(x), fid.average_pool(x))
+    largest = torch.nn.functional.max_pool2d(x, 3, 1, 1)
+    assert torch.equal(inception.Mixed_7c.branch_pool.pool(x), largest)
+
+
+def weights_file_of(inception):
+    """Its weights, by the names that pytorch-fid's file has"""
+    return {name.replace(".+", ""): values for name, values in inception.state_dict().items()}
 
 
 def test_inception_has_the_names_and_sizes_of_the_weights_file(inception):
-    state = inception.state_dict()
+    state = weights_file_of(inception)
     names = {
         "Conv2d_1a_3x3.conv": (32, 3, 3, 3),
         "Conv2d_4a_3x3.conv": (192, 80, 3, 3),
@@ -3652,10 +3723,15 @@ def test_inception_gives_pooled_spatial_and_logits_without_the_bias(inception):
 
 def test_a_state_dict_gives_the_network_that_it_is_from(inception):
     x = torch.randint(0, 256, (2, 3, 20, 30), dtype=torch.uint8)
-    state = {k: v.clone() for k, v in inception.state_dict().items() if "num_batches" not in k}
+    whole = weights_file_of(inception)
+    state = {k: v.clone() for k, v in whole.items() if "num_batches" not in k}
     state["fc.bias"] += 1  # is not used
     for a, b in zip(fid.load_inception(state)(x), inception(x)):
         assert torch.equal(a, b)
+
+
+def test_inception_takes_integers_from_0_to_255_only(inception):
+    refused("torch.float32", inception, torch.rand(1, 3, 20, 20) * 2 - 1, error=fid.InputError)
 
 
 def test_random_weights_are_always_the_same_and_leave_the_generator_alone(inception):
@@ -3702,6 +3778,21 @@ def test_an_npz_gives_any_range_of_its_images(save):
         assert np.array_equal(images.read(rows), FID_IMAGES[rows.start : rows.stop])
 
 
+def test_the_only_array_of_images_in_an_npz_is_taken_whatever_its_name():
+    np.savez("a.npz", labels=np.arange(4), images=FID_IMAGES, n=np.arange(3), weights=np.ones(4))
+    images = fid.open_set("a.npz")
+    assert images.count == 4 and images.stats == {}
+    assert np.array_equal(images.read(range(4)), FID_IMAGES)
+
+
+def test_features_are_an_npy_of_any_float_type():
+    x = np.random.default_rng(0).normal(size=(5, 3))
+    for dtype in ("f2", "<f4", ">f4", ">f8"):
+        np.save("x.npy", np.asfortranarray(x.astype(dtype)))
+        (got,) = fid.open_set("x.npy").outputs
+        assert np.array_equal(got, x.astype(dtype).astype(np.float64))
+
+
 def test_a_large_npz_is_not_read_whole():
     np.savez_compressed("large.npz", arr_0=np.zeros((1_000, 100, 100, 3), np.uint8))  # 30 MB
     tracemalloc.start()
@@ -3731,22 +3822,198 @@ def test_sets_that_cannot_be_used_are_refused_by_name():
     os.mkdir("empty")
     np.savez("a.npz", arr_0=FID_IMAGES)
     damaged("c.npz", "a.npz")
+    Path("half-loaded.npz").write_bytes(Path("a.npz").read_bytes()[:900])
     np.savez("float.npz", arr_0=FID_IMAGES / 255)
+    np.savez("first.npz", arr_0=np.moveaxis(FID_IMAGES, 3, 1).copy())
+    np.savez("two.npz", train=FID_IMAGES, test=FID_IMAGES)
     np.savez("nan.npz", mu=np.full(2048, np.nan), sigma=np.eye(2048))
     np.savez("half.npz", mu=np.zeros(8))
     np.savez("shapes.npz", mu=np.zeros(8), sigma=np.eye(7))
+    np.savez("number.npz", mu=np.zeros(()), sigma=np.zeros(()))
+    np.savez("n.npz", mu=np.zeros(8), sigma=np.eye(8), n=[1, 2])
+    with zipfile.ZipFile("folder.zip", "w") as archive:
+        archive.write("images/sub/0.png")
+    Path("edm2.pkl").write_bytes(pickle.dumps({"fid": {"mu": np.zeros(8)}}))
+    Path("page.npz").write_text("<!DOCTYPE html>")
+    np.save("images.npy", FID_IMAGES)
+    np.save("few.npy", np.zeros((3, 8)))
+    np.save("integers.npy", np.zeros((5, 8), int))
+    np.save("inf.npy", np.full((5, 8), np.inf))
+    kinds = "expected a folder of images, an .npz .* or an .npy of features"
     for source, message in {
         "images": "z.png cannot be used",
-        "images/z.png": "not a zip",
+        "images/sub/0.png": kinds,
         "empty": "0 images",
         "c.npz": "Bad CRC-32",
-        "float.npz": "arr_0 is float64",
-        "nan.npz": "not finite",
+        "half-loaded.npz": kinds,
+        "float.npz": f"arr_0 float64 .4, 12, 10, 3.; {kinds}",
+        "first.npz": f"arr_0 uint8 .4, 3, 12, 10.; {kinds}",
+        "two.npz": f"train uint8 .*, test uint8 .*; {kinds}",
+        "nan.npz": "expected finite",
         "half.npz": "sigma",
-        "shapes.npz": "mu, sigma",
+        "shapes.npz": "sigma .7, 7.: expected finite .D,., .D, D.",
+        "number.npz": "expected finite .D,.",
+        "n.npz": "n.npz cannot be used",
+        "folder.zip": f"unpack it; {kinds}",
+        "edm2.pkl": f"{kinds}",
+        "page.npz": f"<!DOCT.*{kinds}",
+        "images.npy": f"uint8 .4, 12, 10, 3.*{kinds}",
+        "few.npy": "N > 3",
+        "integers.npy": f"int64 .5, 8.*{kinds}",
+        "inf.npy": "not finite",
         "gone": "gone cannot be used",
     }.items():
         refused(message, read_all, source, error=fid.InputError)
+
+
+def test_a_real_folder_is_walked_once_and_what_is_hidden_is_passed_over():
+    save_folder("images", FID_IMAGES)
+    save_folder("elsewhere", FID_IMAGES[:2])
+    Image.fromarray(FID_IMAGES[0]).save("images/.hidden.png")
+    os.mkdir("images/.thumbnails")
+    Image.fromarray(FID_IMAGES[0]).save("images/.thumbnails/0.png")
+    os.mkdir("images/out")
+    Image.fromarray(FID_IMAGES[0]).save("images/out/0.png")
+    Path("images/a").symlink_to("sub")  # before sub in the alphabet, but no folder of its own
+    Path("images/sub/parent").symlink_to("..")
+    Path("images/sub/above").symlink_to(os.getcwd())
+    Path("images/linked").symlink_to("../elsewhere")
+    Path("images/linked again").symlink_to("../elsewhere")
+    files, left_out = fid.image_files("images/", skip="images/out")
+    assert files == [
+        "images/linked/sub/0.png",
+        "images/linked/sub/1.png",
+        *[f"images/sub/{i}.png" for i in range(4)],
+    ]
+    assert left_out == ""
+
+
+def test_files_left_out_for_their_ending_are_counted_and_said(capsys):
+    save_folder("images", FID_IMAGES)
+    for name in ("a.heic", "b.HEIC", "noending", ".DS_Store"):
+        Path("images", name).write_text("")
+    assert fid.open_set("images").count == 4
+    assert "images: files left out for their ending: 2 .heic, 1 without" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(monkeypatch):
+    save_folder("images", FID_IMAGES)
+    scandir = os.scandir
+
+    def denied(place):
+        if str(place).endswith("sub"):
+            raise PermissionError(13, "Permission denied", place)
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    refused("images cannot be used: PermissionError", fid.open_set, "images", error=fid.InputError)
+
+
+def png(depth, color_type, row, transparency=b""):
+    """The bytes of a PNG of one row of pixels, of kinds that Pillow does not write -> Image"""
+    width = len(row) * 8 // (depth * {0: 1, 2: 3, 4: 2, 6: 4}[color_type])
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, 1, depth, color_type, 0, 0, 0))]
+    if transparency:
+        parts.append((b"tRNS", transparency))
+    parts += [(b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")]
+    data = b"\x89PNG\r\n\x1a\n"
+    for name, content in parts:
+        data += struct.pack(">I", len(content)) + name + content
+        data += struct.pack(">I", zlib.crc32(name + content))
+    return Image.open(io.BytesIO(data))
+
+
+def saved(image, kind, **options):
+    """image, after it was written as a file of this kind and opened"""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return Image.open(io.BytesIO(file.getvalue()))
+
+
+def half_grey(dtype, value):
+    return Image.fromarray(np.full((2, 2), value, dtype))
+
+
+def twelve_bit_tiff():
+    """A TIFF of two pixels of 12 bits, white and black"""
+    tags = [
+        (256, 2),
+        (257, 1),
+        (258, 12),
+        (259, 1),
+        (262, 1),
+        (273, 122),
+        (277, 1),
+        (278, 1),
+        (279, 3),
+    ]
+    data = b"II*\0" + struct.pack("<IH", 8, len(tags))
+    for tag, value in tags:
+        data += struct.pack("<HHII", tag, 4, 1, value)
+    return Image.open(io.BytesIO(data + struct.pack("<I", 0) + b"\xff\xf0\x00"))
+
+
+def png_of_pillow_10():
+    """A 16-bit PNG, in the mode in which Pillow 10 opens it"""
+    image = half_grey(np.int32, 0x8080)
+    image.format = "PNG"
+    return image
+
+
+PALETTE = Image.new("P", (2, 2), 0)
+PALETTE.putpalette([255, 0, 0, 0, 255, 0])
+READ = {  # name: (image, the colour of its first pixel)
+    "RGB": (Image.new("RGB", (2, 2), (200, 10, 20)), (200, 10, 20)),
+    "transparent": (Image.new("RGBA", (2, 2), (0, 0, 0, 0)), 255),
+    "half transparent": (Image.new("RGBA", (2, 2), (0, 0, 0, 128)), 127),
+    "transparent grey": (Image.new("LA", (2, 2), (9, 0)), 255),
+    "transparent palette": (Image.new("PA", (2, 2)), 255),
+    "palette with a transparent colour": (saved(PALETTE, "PNG", transparency=0), 255),
+    "palette with transparencies": (saved(PALETTE, "PNG", transparency=b"\x80"), (255, 127, 127)),
+    "GIF": (saved(PALETTE, "GIF", transparency=0), 255),
+    "16-bit grey": (half_grey(np.uint16, 0x8080), 128),
+    "16-bit PNG": (png(16, 0, b"\x80\x80\x40\x40"), 128),
+    "16-bit PNG, as Pillow 10 opens it": (png_of_pillow_10(), 128),
+    "16-bit PNG, transparent": (png(16, 0, b"\x12\x34\x40\x40", b"\x12\x34"), 255),
+    "16-bit RGB, transparent": (png(16, 2, b"\x12\x34" * 3, b"\x12\x34" * 3), 255),
+    "16-bit grey with alpha": (png(16, 4, b"\x12\x34\0\0"), 255),
+    "16-bit TIFF": (saved(half_grey(np.uint16, 0x8080), "TIFF"), 128),
+    "12-bit TIFF": (twelve_bit_tiff(), 255),
+    "10-bit PGM": (Image.open(io.BytesIO(b"P5 1 1 1023 \x02\x00")), 128),
+}
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_images_of_every_kind_become_rgb_on_white(kind):
+    image, want = READ[kind]
+    rgb = fid.to_rgb(image)
+    assert rgb.mode == "RGB"
+    assert np.abs(np.asarray(rgb)[0, 0].astype(int) - want).max() <= 1
+
+
+def test_images_become_upright_also_of_16_bits():
+    grey = Image.fromarray(np.array([[0, 65535]], np.uint16))
+    exif = grey.getexif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    assert fid.to_rgb(saved(grey, "PNG", exif=exif)).size == (1, 2)
+
+
+def test_images_without_a_defined_range_are_refused_by_name():
+    save_folder("images", FID_IMAGES)
+    for mode, dtype in (("F", np.float32), ("I", np.int32)):
+        half_grey(dtype, 0.5).save("images/z.tiff")
+        message = f"z.tiff cannot be used: .*mode {mode}.*save it with 8 or 16 bits"
+        refused(message, read_all, "images", error=fid.InputError)
+
+
+def test_images_that_pillow_thinks_too_large_are_allowed_by_a_flag():
+    save_folder("images", FID_IMAGES)
+    bomb = f"fid.py images images {RANDOM} --max-pixels"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # which main() changes
+        error = run(f"{bomb} 40", fails=True)
+        assert "0.png cannot be used: DecompressionBombError" in error and "--max-pixels N" in error
+        run(f"{bomb} 200")
 
 
 # ----------------------------------------------------------------------------- the command
@@ -3770,17 +4037,17 @@ def save_sets():
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """A folder with a.npz, b.npz, and what two processes make of them"""
+    """A folder with a.npz, b.npz, and what the command makes of them"""
     folder = tmp_path_factory.mktemp("measured")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         save_sets()
-        text = run(f"fid.py a.npz b.npz {RANDOM} --save-stats ref.npz", processes=2)
+        text = run(f"fid.py a.npz b.npz {RANDOM} --save-stats ref.npz")
         Path("out.txt").write_text(text)
     return folder
 
 
-def test_two_processes_give_the_numbers_of_all_images(outputs, measured):
+def test_the_command_gives_the_numbers_of_all_images(outputs, measured):
     got = numbers(measured / "out.json")
     assert got["N_ref"] == got["N_samples"] == 4
     ref_pool, ref_spatial, _ = outputs[0]
@@ -3831,7 +4098,7 @@ def test_two_files_of_statistics_need_no_network(measured, monkeypatch):
 
 def test_images_of_several_sizes_go_in_one_by_one(inception):
     save_folder("images", FID_IMAGES)
-    outputs = fid.extract(fid.open_set("images"), inception, "cpu", batch_size=4)
+    outputs = fid.compute_outputs(fid.open_set("images"), inception, "cpu", batch_size=4)
     for i in (1, 3):
         alone = inception(as_batch(FID_IMAGES[i : i + 1, i:]))
         for values, want in zip(outputs, alone):
@@ -3841,7 +4108,7 @@ def test_images_of_several_sizes_go_in_one_by_one(inception):
 def test_features_that_are_no_numbers_are_an_error():
     save_sets()
     with pytest.raises(fid.InputError, match="not finite"):
-        fid.extract(fid.open_set("a.npz"), lambda x: [x.flatten(1) * torch.nan], "cpu", 2)
+        fid.compute_outputs(fid.open_set("a.npz"), lambda x: [x.flatten(1) * torch.nan], "cpu", 2)
 
 
 def adm_reference(path, **images):
@@ -3850,10 +4117,17 @@ def adm_reference(path, **images):
     np.savez(path, mu=mean, sigma=np.eye(2048), mu_s=spatial_mean, sigma_s=np.eye(2023), **images)
 
 
-def test_adm_reference_files_work_as_they_are(inception, outputs):
+def published(path, monkeypatch):
+    """Makes the file at path the published weights, which are those that statistics are of."""
+    sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    monkeypatch.setattr(fid, "INCEPTION_URL", f"https://host/inception-{sha256[:8]}.pth")
+
+
+def test_adm_reference_files_work_as_they_are(inception, outputs, monkeypatch):
     save_sets()
     adm_reference("adm.npz", arr_0=FID_IMAGES)
-    torch.save(inception.state_dict(), "weights.pth")
+    torch.save(weights_file_of(inception), "weights.pth")
+    published("weights.pth", monkeypatch)
     run("fid.py adm.npz b.npz --inception weights.pth --json out.json")
     got = numbers()
     pool = outputs[1][0]
@@ -3862,31 +4136,59 @@ def test_adm_reference_files_work_as_they_are(inception, outputs):
     assert close(got["KID"], fid.kid(outputs[0][0], pool))  # of the images
 
 
+def test_the_published_weights_are_the_same_downloaded_or_by_path(inception, monkeypatch):
+    torch.save(weights_file_of(inception), "any name.pth")
+    published("any name.pth", monkeypatch)
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *a, **b: load("any name.pth"))
+    for source in (None, "any name.pth"):
+        args = argparse.Namespace(network=None, inception=source, device="cpu")
+        assert fid.load_network(args)[1] == "inception-2015-12-05"
+
+
+def test_statistics_of_another_inception_are_refused_and_a_copy_of_it_is_the_same(inception):
+    save_sets()
+    adm_reference("adm.npz")
+    state = weights_file_of(inception)
+    torch.save(state, "other.pth")
+    torch.save(dict(reversed(state.items())), "copy.pth")
+    state["fc.weight"] = state["fc.weight"] + 1
+    torch.save(state, "third.pth")
+    error = run("fid.py adm.npz b.npz --inception other.pth", fails=True)
+    assert "adm.npz is of inception-2015-12-05, expected: of inception " in error
+    run("fid.py a.npz b.npz --inception other.pth --save-stats ref.npz")
+    run("fid.py ref.npz b.npz --inception copy.pth --json out.json")
+    assert numbers()["weights"].startswith("inception ")
+    assert "ref.npz is of inception " in run(
+        "fid.py ref.npz b.npz --inception third.pth", fails=True
+    )
+
+
 def test_statistics_of_another_network_are_refused_where_there_are_no_images():
     save_sets()
     adm_reference("adm.npz")
-    assert "inception-2015-12-05, not of random" in run(
-        f"fid.py adm.npz b.npz {RANDOM}", fails=True
-    )
+    error = run(f"fid.py adm.npz b.npz {RANDOM}", fails=True)
+    assert "adm.npz is of inception-2015-12-05, expected: of random" in error
 
 
 def test_statistics_of_different_sizes_are_refused():
     for size in (64, 65):
         np.savez(f"{size}.npz", mu=np.zeros(size), sigma=np.eye(size))
-    assert "64 features and of 65" in run("fid.py 64.npz 65.npz", fails=True)
+    assert "64 and of 65 features" in run("fid.py 64.npz 65.npz", fails=True)
 
 
 def run_as_script(path, arguments, monkeypatch):
     """Runs a file as python does, with its own handling of errors"""
     monkeypatch.setattr(sys, "argv", [path, *arguments.split()])
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # and stderr: the script replaces them
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
     runpy.run_path(path, run_name="__main__")
 
 
-def test_an_error_is_one_line_and_exits_with_2(monkeypatch, capsys):
+def test_an_error_is_one_line_and_exits_with_2(monkeypatch, capfd):
     with pytest.raises(SystemExit) as stop:
         run_as_script(f"{HERE}/fid.py", "gone b.npz", monkeypatch)
     assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("fid.py: error: gone cannot be used")
 
 
@@ -3901,11 +4203,14 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 def test_bad_arguments_are_one_line():
     save_sets()
     for arguments, message in {
-        "a.npz": "SET",
+        "a.npz": "SAMPLES",
         "a.npz b.npz --batch-size x": "--batch-size",
-        "a.npz b.npz --batch-size 0": "--batch-size 0",
+        "a.npz b.npz --batch-size 0": "--batch-size 0, expected 1 or more",
+        "a.npz b.npz --max-pixels 0": "--max-pixels 0, expected 1 or more",
         "a.npz b.npz --json no/where": "no folder for no/where",
-        "a.npz b.npz --inception random --network x.pt2": "not allowed with",
+        "a.npz b.npz --json ./": "or it is one",
+        "a.npz b.npz --save-stats ./b.npz": "b.npz is given, and would be overwritten",
+        "a.npz b.npz --inception random --network x.pth": "not allowed with",
     }.items():
         assert message in run(f"fid.py {arguments}", fails=True)
 
@@ -3921,211 +4226,130 @@ def test_fid_works_alone_in_an_empty_folder(measured):
     assert close(got["FID"], want["FID"]) and close(got["sFID"], want["sFID"])
 
 
-# ----------------------------------------------------------------------------- other networks
+# ----------------------------------------------------------------------------- features
 
 
-class Net(torch.nn.Module):
-    """A network that somebody might export: the mean colours, in a random basis"""
-
-    def __init__(self):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.weight = torch.nn.Parameter(torch.randn(3, 2, generator=generator))
-        self.register_buffer("scale", torch.tensor(255.0))
-
-    def forward(self, x):
-        return (x / self.scale).mean((2, 3)) @ self.weight
+def save_features(n=40, m=30, dim=6, mean=0.0):
+    """Writes ref.npy and gen.npy -> what they hold"""
+    rng = np.random.default_rng(0)
+    ref = rng.normal(size=(n, dim)) + mean
+    gen = 1.2 * rng.normal(size=(m, dim)) + mean
+    np.save("ref.npy", ref)
+    np.save("gen.npy", gen)
+    return ref, gen
 
 
-def export(path, images, dynamic=False):
-    """Net, exported for images as these, and for this number of them or, dynamic, for any"""
-    shapes = None
-    if dynamic:
-        shapes = ({0: torch.export.Dim.DYNAMIC},)
-    torch.export.save(torch.export.export(Net(), (as_batch(images),), dynamic_shapes=shapes), path)
-
-
-def test_an_exported_program_gives_fd_kid_precision_and_recall():
-    np.savez("a.npz", arr_0=FID_IMAGES)
-    np.savez("b.npz", arr_0=FID_IMAGES // 2)
-    export("net.pt2", FID_IMAGES[:2], dynamic=True)
-    text = run("fid.py a.npz b.npz --network net.pt2 --json out.json --batch-size 2")
+@pytest.mark.parametrize("dim", [6, 1])
+def test_features_give_fd_kid_precision_and_recall(dim):
+    ref, gen = save_features(dim=dim, mean=1000)
+    text = run("fid.py ref.npy gen.npy --json out.json")
     got = numbers()
-    with torch.no_grad():
-        ref = Net()(as_batch(FID_IMAGES))
-        gen = Net()(as_batch(FID_IMAGES // 2))
-    assert close(got["FD"], fid.frechet_distance(*moments(ref.double()), *moments(gen.double())))
-    assert close(got["KID"], fid.kid(ref, gen))
+    sigma1 = np.cov(ref.T).reshape(dim, dim)
+    sigma2 = np.cov(gen.T).reshape(dim, dim)
+    root = np.sqrt(np.linalg.eigvals(sigma1 @ sigma2).real).sum()
+    mean_term = ((ref.mean(0) - gen.mean(0)) ** 2).sum()
+    want = mean_term + np.trace(sigma1) + np.trace(sigma2) - 2 * root
+    assert close(got["FD"], want, tolerance=1e-9)
+    assert got["KID"] == fid.kid(ref, gen)
     assert (got["precision"], got["recall"]) == fid.precision_recall(ref, gen)
+    assert (got["weights"], got["N_ref"], got["N_samples"]) == ("features", 40, 30)
     assert "FID" not in text and "IS" not in text
 
 
-def test_few_images_are_warned_of(monkeypatch, capsys):
+def test_statistics_of_features_stand_for_them():
+    save_features()
+    run("fid.py ref.npy gen.npy --json out.json --save-stats ref.npz")
+    want = numbers()["FD"]
+    text = run("fid.py ref.npz gen.npy --json out.json")
+    assert close(numbers()["FD"], want) and numbers()["N_ref"] == 40 and "KID: unknown" in text
+    run("fid.py gen.npy gen.npy --save-stats gen.npz")
+    run("fid.py ref.npz gen.npz --json out.json")
+    assert close(numbers()["FD"], want)
+
+
+def test_features_are_compared_with_no_images_and_with_no_statistics_of_a_network():
+    save_features()
     np.savez("a.npz", arr_0=FID_IMAGES)
-    export("net.pt2", FID_IMAGES[:2], dynamic=True)
-    monkeypatch.setattr(sys, "argv", ["fid.py", "a.npz", "a.npz", "--network", "net.pt2"])
+    adm_reference("adm.npz")
+    adm_reference("both.npz", arr_0=FID_IMAGES)
+    run("fid.py ref.npy gen.npy --save-stats ref.npz")
+    for sets in ("ref.npy a.npz", "a.npz ref.npy", "both.npz ref.npy"):
+        assert "expected features of both, or images" in run(f"fid.py {sets}", fails=True)
+    error = run("fid.py adm.npz gen.npy", fails=True)
+    assert "gen.npy is of features, expected: of inception-2015-12-05" in error
+    error = run(f"fid.py ref.npz a.npz {RANDOM}", fails=True)
+    assert "ref.npz is of features, expected: of random" in error
+    np.save("narrow.npy", np.zeros((9, 5)))
+    assert "6 and of 5 features" in run("fid.py ref.npy narrow.npy", fails=True)
+
+
+def test_few_rows_are_warned_of(monkeypatch, capsys):
+    save_features()
+    monkeypatch.setattr(sys, "argv", ["fid.py", "ref.npy", "gen.npy"])
     fid.main()
     assert "fid.py: warning: N < 2,048" in capsys.readouterr().err
 
 
-def test_another_network_uses_the_images_of_an_adm_reference_file():
-    np.savez("a.npz", arr_0=FID_IMAGES)
-    adm_reference("adm.npz", arr_0=FID_IMAGES)
-    export("net.pt2", FID_IMAGES[:2], dynamic=True)
-    run("fid.py adm.npz a.npz --network net.pt2 --json out.json")
-    assert abs(numbers()["FD"]) < 1e-6
+# ----------------------------------------------------------------------------- printing
 
 
-def test_statistics_of_a_program_are_of_this_program():
-    np.savez("a.npz", arr_0=FID_IMAGES)
-    export("net.pt2", FID_IMAGES[:2], dynamic=True)
-    run("fid.py a.npz a.npz --network net.pt2 --save-stats ref.npz")
-    run("fid.py ref.npz a.npz --network net.pt2 --json out.json")
-    assert abs(numbers()["FD"]) < 1e-6
-    assert "not of inception" in run("fid.py ref.npz a.npz", fails=True)
-    export("net.pt2", FID_IMAGES[:3])  # another program of the same name
-    assert "of net.pt2" in run("fid.py ref.npz a.npz --network net.pt2", fails=True)
+def test_results_are_written_before_they_are_printed(monkeypatch):
+    save_features()
+
+    def report(result):
+        assert numbers() == result and os.path.exists("ref.npz")
+        Path("reported").touch()
+
+    monkeypatch.setattr(fid, "report", report)
+    run("fid.py ref.npy gen.npy --json out.json --save-stats ref.npz")
+    assert os.path.exists("reported")
 
 
-def test_images_of_a_size_that_a_program_does_not_take_are_one_line():
-    np.savez("a.npz", arr_0=FID_IMAGES)
-    np.savez("wide.npz", arr_0=FID_IMAGES.repeat(2, axis=2))
-    export("any.pt2", FID_IMAGES[:2], dynamic=True)
-    export("three.pt2", FID_IMAGES[:3])
-    error = run("fid.py wide.npz a.npz --network any.pt2", fails=True)
-    assert "[4, 3, 12, 20]" in error and "resize them" in error
-    error = run("fid.py a.npz a.npz --network three.pt2 --batch-size 3", fails=True)
-    assert "[3, 3, 12, 10], not [1, 3, 12, 10]" in error and "dynamic batch size" in error
+def test_results_are_printed_where_they_cannot_be_written(monkeypatch, capsys):
+    save_features()
+
+    def full(file, **arrays):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    monkeypatch.setattr(sys, "argv", ["fid.py", "ref.npy", "gen.npy", "--save-stats", "ref.npz"])
+    with pytest.raises(OSError, match="No space"):
+        fid.main()
+    assert "FD: " in capsys.readouterr().out
+    assert not os.path.exists("ref.npz")
 
 
-class Touch:
-    """Pickled, it makes the file `ran` where it is loaded"""
-
-    def __reduce__(self):
-        return os.mkdir, ("ran",)
-
-
-CODE = "__import__('os').makedirs('ran', exist_ok=True)"
+@pytest.mark.parametrize("redirect", ["2>&1 | true", ">&- 2>&-", "> /dev/full 2>&1"])
+def test_printing_ends_no_run(redirect):
+    save_features()
+    command = f"{sys.executable} {HERE}/fid.py ref.npy gen.npy --json out.json {redirect}"
+    subprocess.run(["bash", "-o", "pipefail", "-c", command], check=True, timeout=120)
+    assert "FD" in numbers()
 
 
-def altered(source, edit):
-    """A copy of the archive source, whose parts are edit(name, bytes); it may also add some"""
-    out = io.BytesIO()
-    with zipfile.ZipFile(source) as archive, zipfile.ZipFile(out, "w") as copy:
-        for name in archive.namelist():
-            for new_name, data in edit(name, archive.read(name)):
-                copy.writestr(new_name, data)
-    Path("crafted.pt2").write_bytes(out.getvalue())
+def test_a_progress_bar_whose_reader_has_gone_ends_no_run():
+    reader, writer = os.pipe()
+    os.close(reader)
+    stream = fid.safe_output(os.fdopen(writer, "w"))
+    images = fid.ImageSet("a", 8, lambda rows: np.zeros((len(rows), 4, 4, 3), np.uint8), {}, [])
+    with redirect_stderr(stream):
+        (got,) = fid.compute_outputs(images, lambda x: [x.float().flatten(1)], "cpu", 2)
+    assert got.shape == (8, 48)
 
 
-def replace_text(old, new):
-    """-> an edit of the model's JSON"""
-
-    def edit(name, data):
-        if name.endswith("models/model.json"):
-            assert old in data.decode()
-            data = data.decode().replace(old, new).encode()
-        return [(name, data)]
-
-    return edit
-
-
-def pickled_weight(name, data):
-    if name.endswith("weight_0"):
-        file = io.BytesIO()
-        torch.save(Touch(), file)
-        data = file.getvalue()
-    if name.endswith("weights_config.json"):
-        data = data.replace(b'"use_pickle": false', b'"use_pickle": true')
-    return [(name, data)]
+def test_a_name_that_the_terminal_cannot_show_ends_no_run():
+    name = os.fsdecode(b"caf\xe9 \xc3\xa9")
+    os.mkdir(name)
+    Path(name, "text.txt").write_text("")
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, f"{HERE}/fid.py", name, name]
+    process = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert process.returncode == 2
+    assert rb"caf\udce9 \xe9: files left out for their ending: 1 .txt" in process.stdout
+    assert rb"fid.py: error: caf\udce9 \xe9 cannot be used: it holds 0 images" in process.stderr
 
 
-def pickled_constant(name, data):
-    if name.endswith("constants_config.json"):
-        entry = {
-            "path_name": "opaque_obj_0",
-            "is_param": False,
-            "use_pickle": False,
-            "tensor_meta": None,
-        }
-        data = json.dumps({"config": {"c": entry}}).encode()
-        opaque = name.replace("model_constants_config.json", "opaque_obj_0")
-        return [(name, data), (opaque, pickle.dumps(Touch()))]
-    return [(name, data)]
-
-
-def pickled_state_dict(name, data):
-    """As old versions of torch wrote it"""
-    if name.endswith("weights_config.json"):
-        file = io.BytesIO()
-        torch.save(Touch(), file)
-        return [(name.replace("model_weights_config.json", "model.pt"), file.getvalue())]
-    return [(name, data)]
-
-
-def compiled_program(name, data):
-    if name.endswith("byteorder"):
-        return [(name, data), ("net/data/aotinductor/model/x.so", b"")]
-    return [(name, data)]
-
-
-CRAFTED = {
-    "weight": pickled_weight,
-    "constant": pickled_constant,
-    "state dict": pickled_state_dict,
-    "compiled": compiled_program,
-    "expression": replace_text("Symbol('s", f"{CODE} or Symbol('s"),
-    "operator": replace_text("torch.ops.aten.mean.dim", "torch.os.mkdir"),
-    "name": replace_text('"name": "x"', '"name": "x):\\n    pass\\nimport os"'),
-    "import": replace_text("builtins.dict", "__enum__"),
-}
-
-
-@pytest.mark.parametrize("kind", CRAFTED)
-def test_a_crafted_program_does_not_run(kind):
-    export("net.pt2", FID_IMAGES[:2], dynamic=True)
-    altered("net.pt2", CRAFTED[kind])
-    refused("might run code: ", fid.load_program, "crafted.pt2", "cpu", error=fid.InputError)
-    assert not os.path.exists("ran")
-
-
-def pickled_sample_inputs(name, data):
-    if "sample_inputs" in name:
-        file = io.BytesIO()
-        torch.save(((Touch(),), {}), file)
-        data = file.getvalue()
-    return [(name, data)]
-
-
-HIDDEN = {
-    "sample inputs": pickled_sample_inputs,
-    "guards": replace_text('"guards_code": []', json.dumps({"guards_code": [CODE]})[1:-1]),
-}
-
-
-@pytest.mark.parametrize("kind", HIDDEN)
-def test_what_is_not_needed_of_a_crafted_program_is_left_out(kind):
-    export("net.pt2", FID_IMAGES[:2], dynamic=True)
-    altered("net.pt2", HIDDEN[kind])
-    (got,) = fid.load_program("crafted.pt2", "cpu")(as_batch(FID_IMAGES))
-    assert torch.equal(got, Net()(as_batch(FID_IMAGES)))
-    assert not os.path.exists("ran")
-
-
-def test_the_crafted_programs_do_run_where_torch_loads_them():
-    export("net.pt2", FID_IMAGES[:2], dynamic=True)
-    altered("net.pt2", CRAFTED["expression"])
-    torch.export.load("crafted.pt2")
-    assert os.path.exists("ran")
-
-
-def test_a_damaged_program_is_one_line():
-    np.savez("a.npz", arr_0=FID_IMAGES)
-    export("net.pt2", FID_IMAGES[:2])
-    data = Path("net.pt2").read_bytes()
-    Path("short.pt2").write_bytes(data[: len(data) // 2])
-    for name in ("short.pt2", "gone.pt2"):
-        assert f"{name} cannot be used" in run(f"fid.py a.npz a.npz --network {name}", fails=True)
+# ----------------------------------------------------------------------------- DINOv2
 
 
 def save_dinov2(path):
@@ -4138,7 +4362,7 @@ def save_dinov2(path):
 
 def test_dinov2_gives_its_class_token_after_the_preprocessing_of_edm2():
     network = save_dinov2("dino.pth")
-    features = fid.load_class_token("dino.pth", "cpu")
+    features = fid.ClassToken("dino.pth")
     x = as_batch(FID_IMAGES)
     with torch.no_grad():
         (got,) = features(x)
@@ -4158,7 +4382,37 @@ def test_the_command_takes_a_weights_file_of_dinov2():
     got = numbers()
     assert abs(got["FD"]) < 1e-3 and got["precision"] == got["recall"] == 1
     assert np.load("ref.npz")["mu"].shape == (128,)
-    assert "dino.pth" in str(np.load("ref.npz")["weights"])
+
+
+def test_statistics_of_a_dinov2_are_of_its_weights_whatever_their_file_is_called():
+    network = save_dinov2("dino.pth")
+    np.savez("a.npz", arr_0=FID_IMAGES)
+    adm_reference("adm.npz", arr_0=FID_IMAGES)
+    run("fid.py adm.npz a.npz --network dino.pth --json out.json --save-stats ref.npz")
+    assert abs(numbers()["FD"]) < 1e-6  # of the images: the statistics are Inception's
+    torch.save(dict(reversed(network.state_dict().items())), "copy.pth")
+    run("fid.py ref.npz a.npz --network copy.pth --json out.json")
+    assert abs(numbers()["FD"]) < 1e-6
+    assert "ref.npz is of dinov2 " in run(f"fid.py ref.npz a.npz {RANDOM}", fails=True)
+    network.cls_token.data += 1
+    torch.save(network.state_dict(), "dino.pth")
+    assert "ref.npz is of dinov2 " in run("fid.py ref.npz a.npz --network dino.pth", fails=True)
+
+
+@pytest.mark.parametrize("found", ["nothing", "another model", "one that needs timm"])
+def test_without_the_projects_model_py_an_error_names_it(found, monkeypatch):
+    np.savez("a.npz", arr_0=FID_IMAGES)
+    os.mkdir("alone")
+    texts = {"another model": "class SiT:\n    pass\n", "one that needs timm": "import no_timm\n"}
+    if found in texts:
+        Path("alone/model.py").write_text(texts[found])
+    shutil.copy(f"{HERE}/fid.py", "alone/metrics.py")
+    command = [sys.executable, "alone/metrics.py", "a.npz", "a.npz", "--network", "dinov2_vitl14"]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 2
+    (line,) = process.stderr.splitlines()
+    assert "--network needs GMem's model.py beside fid.py" in line
 
 
 def test_a_network_that_is_none_is_one_line():
