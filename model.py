@@ -9,17 +9,12 @@
          w(t) = 1 - t, and (t v - x) / (1 - t) is the score
     guidance  v = v_null + cfg (v_s - v_null)                where LO <= t <= HI
 
-What is notable:
 - one class is SiT (arXiv 2401.08740) and LightningDiT (arXiv 2501.01423), by switches of SiTConfig
 - the network may predict x instead of v, for large patches (arXiv 2511.13720); it returns v
-- the snippet enters through one linear layer, is added to the time embedding, and reaches each
-  block by adaLN; in the small models a second layer also gives it to each token
-- the null snippet is zeros, the null label one more row of the table; training shows both, so that
-  guidance is possible
+- the snippet is projected, added to the time embedding, and reaches each block by adaLN; in the
+  small models it is also projected to each token
 - parameters carry the names of the official code, so that official weights need no renaming
 - nothing but torch is imported: this file can be copied into any other code
-
-The core comes first: SiT, its loss, its samplers. Frozen networks made elsewhere come after it.
 """
 
 import argparse
@@ -55,10 +50,8 @@ class SiTConfig:
     mlp_ratio: float = 4.0
     memory_dim: int = 0  # D of the snippets; 0: no memory
     memory_scale: float = 1.0  # what snippets are multiplied by (official: 1)
-    # the network sees s - mean: masked entries are then the mean, not zero
-    memory_center: bool = False
-    # the snippet is also added to the tokens: D -> T*h, another map for each token (not official)
-    memory_tokens: bool = False
+    memory_center: bool = False  # the network sees s - mean: a masked entry is the mean, not zero
+    memory_tokens: bool = False  # s is also added to the tokens, by D -> T*h (not official)
     num_classes: int = 0  # 0: no labels
     mask_ratio: float = 0.4  # part of a snippet set to zero in training (official GMem: 0.4)
     learn_sigma: bool = False  # twice the output channels, half unused (official SiT weights)
@@ -67,55 +60,45 @@ class SiTConfig:
     rope: bool = False
     qk_norm: bool = False
     zero_init: bool = True  # adaLN-zero: every block starts as the identity, the output as zero
-    # the network gives x, and v = (x - x_t) / (1 - t): for patches with more numbers than its width
-    predict_x: bool = False
+    predict_x: bool = False  # the network gives x, v = (x - x_t) / (1 - t): for large patches
     align_dim: int = 0  # REPA: block align_depth is projected to features of this width; 0: off
     align_depth: int = 4
 
     def __post_init__(self):
-        if self.patch_size < 1 or self.input_size % self.patch_size != 0:
-            raise InputError(
-                f"input_size {self.input_size}: not a multiple of patch_size {self.patch_size}"
-            )
-        if self.num_heads < 1 or self.hidden_size % self.num_heads != 0:
-            raise InputError(
-                f"hidden_size {self.hidden_size}: not a multiple of num_heads {self.num_heads}"
-            )
+        size = self.input_size
+        p = self.patch_size
+        h = self.hidden_size
+        if p < 1 or size % p != 0:
+            raise InputError(f"input_size {size}: not a multiple of patch_size {p}")
+        if self.num_heads < 1 or h % self.num_heads != 0:
+            raise InputError(f"hidden_size {h}: not a multiple of num_heads {self.num_heads}")
         if not 0 <= self.mask_ratio < 1:
             raise InputError(f"mask_ratio {self.mask_ratio}: expected a part, in [0, 1)")
         if self.align_dim and not 1 <= self.align_depth <= self.depth:
             raise InputError(f"align_depth {self.align_depth}: not one of {self.depth} blocks")
 
 
-SMALL = {"predict_x": True, "memory_tokens": True}
+# those of the SiT and LightningDiT papers, and three for a CPU
+TINY = {"hidden_size": 256, "depth": 4, "num_heads": 4, "predict_x": True, "memory_tokens": True}
+SMALL = {"hidden_size": 384, "depth": 12, "num_heads": 6}
+BASE = {"hidden_size": 768, "depth": 12, "num_heads": 12}
+LARGE = {"hidden_size": 1024, "depth": 24, "num_heads": 16}
+XLARGE = {"hidden_size": 1152, "depth": 28, "num_heads": 16}
 LIGHTNING = {"swiglu": True, "rmsnorm": True, "rope": True}
-
-
-def sizes(hidden_size, depth, num_heads, patch_size, **switches):
-    return {
-        "hidden_size": hidden_size,
-        "depth": depth,
-        "num_heads": num_heads,
-        "patch_size": patch_size,
-        **switches,
-    }
-
-
-# width, blocks, heads, patch size: those of the SiT and LightningDiT papers, and three for a CPU
 CONFIGS = {
-    "SiT-T/4": sizes(256, 4, 4, 4, **SMALL),
-    "SiT-T/8": sizes(256, 4, 4, 8, **SMALL),
-    "SiT-T/16": sizes(256, 4, 4, 16, **SMALL),
-    "SiT-S/2": sizes(384, 12, 6, 2),
-    "SiT-B/2": sizes(768, 12, 12, 2),
-    "SiT-L/2": sizes(1024, 24, 16, 2),
-    "SiT-XL/2": sizes(1152, 28, 16, 2),
-    "LightningDiT-S/1": sizes(384, 12, 6, 1, **LIGHTNING),
-    "LightningDiT-B/1": sizes(768, 12, 12, 1, **LIGHTNING),
-    "LightningDiT-B/2": sizes(768, 12, 12, 2, **LIGHTNING),
-    "LightningDiT-L/2": sizes(1024, 24, 16, 2, **LIGHTNING),
-    "LightningDiT-XL/1": sizes(1152, 28, 16, 1, **LIGHTNING),
-    "LightningDiT-XL/2": sizes(1152, 28, 16, 2, **LIGHTNING),
+    "SiT-T/4": {**TINY, "patch_size": 4},
+    "SiT-T/8": {**TINY, "patch_size": 8},
+    "SiT-T/16": {**TINY, "patch_size": 16},
+    "SiT-S/2": {**SMALL, "patch_size": 2},
+    "SiT-B/2": {**BASE, "patch_size": 2},
+    "SiT-L/2": {**LARGE, "patch_size": 2},
+    "SiT-XL/2": {**XLARGE, "patch_size": 2},
+    "LightningDiT-S/1": {**SMALL, "patch_size": 1, **LIGHTNING},
+    "LightningDiT-B/1": {**BASE, "patch_size": 1, **LIGHTNING},
+    "LightningDiT-B/2": {**BASE, "patch_size": 2, **LIGHTNING},
+    "LightningDiT-L/2": {**LARGE, "patch_size": 2, **LIGHTNING},
+    "LightningDiT-XL/1": {**XLARGE, "patch_size": 1, **LIGHTNING},
+    "LightningDiT-XL/2": {**XLARGE, "patch_size": 2, **LIGHTNING},
 }
 
 # ---------------------------------------------------------------------------------- the transformer
@@ -131,34 +114,27 @@ def modulate(x, shift, scale):
     return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
 
 
-def sincos_pos_embed(dim, size):
-    """Fixed position table (size*size, dim): sin(x w), cos(x w), sin(y w), cos(y w)."""
+def position_angles(dim, size):
+    """Columns and rows of size x size tokens, times dim/4 frequencies: (size*size, dim/4) each."""
     w = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     position = torch.arange(size, dtype=torch.float64)
     y, x = torch.meshgrid(position, position, indexing="ij")
-    x_angle = x.reshape(-1, 1) * w
-    y_angle = y.reshape(-1, 1) * w
-    return torch.cat([x_angle.sin(), x_angle.cos(), y_angle.sin(), y_angle.cos()], dim=1).float()
+    return x.reshape(-1, 1) * w, y.reshape(-1, 1) * w
 
 
 def timestep_embedding(t):
     """t (B,) -> (B, 256): 128 each of cos(t w), sin(t w)."""
-    w = torch.exp(-math.log(10000) / 128 * torch.arange(128, device=t.device))
-    angle = t[:, None].float() * w
+    steps = torch.arange(128, device=t.device, dtype=torch.float32)
+    angle = t[:, None].float() * torch.exp(-math.log(10000) / 128 * steps)
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
-class PatchEmbed(nn.Module):
+class PatchEmbed(nn.Conv2d):
     """x (B, C, H, W) -> tokens (B, T, h): a convolution with stride p, as a (faster) product."""
 
-    def __init__(self, config):
-        super().__init__()
-        p = config.patch_size
-        self.proj = nn.Conv2d(config.in_channels, config.hidden_size, p, stride=p)
-
     def forward(self, x):
-        patches = F.pixel_unshuffle(x, self.proj.stride[0]).flatten(2).mT  # (B, T, C*p*p)
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        patches = F.pixel_unshuffle(x, self.stride[0]).flatten(2).mT  # (B, T, C*p*p)
+        return F.linear(patches, self.weight.flatten(1), self.bias)
 
 
 class Rope2d(nn.Module):
@@ -166,14 +142,15 @@ class Rope2d(nn.Module):
 
     def __init__(self, head_dim, size):
         super().__init__()
-        w = 10000 ** -(torch.arange(0, head_dim // 2, 2).float() / (head_dim // 2))
-        angle = torch.outer(torch.arange(size).float(), w)
-        angle = angle.repeat_interleave(2, dim=1)  # (size, head_dim/2)
-        row = angle.repeat_interleave(size, dim=0)
-        column = angle.repeat(size, 1)
-        angle = torch.cat([row, column], dim=1)  # (size*size, head_dim)
-        self.register_buffer("freqs_cos", angle.cos())
-        self.register_buffer("freqs_sin", angle.sin())
+        self.size = size
+        self.register_buffer("freqs_cos", torch.empty(size * size, head_dim))
+        self.register_buffer("freqs_sin", torch.empty(size * size, head_dim))
+
+    def reset_parameters(self):
+        column, row = position_angles(self.freqs_cos.shape[1], self.size)
+        angle = torch.cat([row, column], dim=1).repeat_interleave(2, dim=1)  # (size*size, head_dim)
+        self.freqs_cos.copy_(angle.cos())
+        self.freqs_sin.copy_(angle.sin())
 
     def forward(self, q):
         a, b = q.unflatten(-1, (-1, 2)).unbind(-1)
@@ -215,15 +192,6 @@ class SwiGLU(nn.Module):
         return self.w3(F.silu(gate) * value)
 
 
-def mlp(config):
-    width = config.hidden_size
-    inner = int(width * config.mlp_ratio)
-    if config.swiglu:
-        return SwiGLU(width, int(2 / 3 * inner))
-    gelu = nn.GELU(approximate="tanh")
-    return named(fc1=nn.Linear(width, inner), act=gelu, fc2=nn.Linear(inner, width))
-
-
 def block_norm(config):
     if config.rmsnorm:
         return nn.RMSNorm(config.hidden_size, eps=1e-6)
@@ -240,8 +208,7 @@ def head_norm(config):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each with a shift, a scale and a gate that come from the condition c
-    (adaLN)."""
+    """Attention and MLP, each with a shift, a scale and a gate from the condition c (adaLN)."""
 
     def __init__(self, config):
         super().__init__()
@@ -249,7 +216,11 @@ class Block(nn.Module):
         self.norm1 = block_norm(config)
         self.attn = Attention(h, config.num_heads, head_norm(config))
         self.norm2 = block_norm(config)
-        self.mlp = mlp(config)
+        inner = int(h * config.mlp_ratio)
+        if config.swiglu:
+            self.mlp = SwiGLU(h, int(2 / 3 * inner))
+        else:
+            self.mlp = named(fc1=nn.Linear(h, inner), act=nn.GELU("tanh"), fc2=nn.Linear(inner, h))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(h, 6 * h))
 
     def forward(self, x, c, rope=None):
@@ -262,9 +233,7 @@ class FinalLayer(nn.Module):
     def __init__(self, config):
         super().__init__()
         h = config.hidden_size
-        channels = config.in_channels
-        if config.learn_sigma:
-            channels = 2 * channels
+        channels = 2 * config.in_channels if config.learn_sigma else config.in_channels
         self.norm_final = block_norm(config)
         self.linear = nn.Linear(h, config.patch_size**2 * channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(h, 2 * h))
@@ -274,17 +243,6 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
-def alignment_projector(width, align_dim):
-    """Three layers, as in REPA (arXiv 2410.06940)."""
-    return nn.Sequential(
-        nn.Linear(width, 2048),
-        nn.SiLU(),
-        nn.Linear(2048, 2048),
-        nn.SiLU(),
-        nn.Linear(2048, align_dim),
-    )
-
-
 class SiT(nn.Module):
     """v(x_t, t, s): see forward. Set memory_mean, the mean of the snippets, before training."""
 
@@ -292,8 +250,9 @@ class SiT(nn.Module):
         super().__init__()
         self.config = config
         h = config.hidden_size
-        size = config.input_size // config.patch_size  # tokens in a row
-        self.x_embedder = PatchEmbed(config)
+        p = config.patch_size
+        size = config.input_size // p  # tokens in a row
+        self.x_embedder = named(proj=PatchEmbed(config.in_channels, h, p, stride=p))
         self.t_embedder = named(mlp=nn.Sequential(nn.Linear(256, h), nn.SiLU(), nn.Linear(h, h)))
         if config.num_classes:  # the last row is the null label
             self.y_embedder = named(embedding_table=nn.Embedding(config.num_classes + 1, h))
@@ -302,30 +261,41 @@ class SiT(nn.Module):
         if config.memory_dim and config.memory_tokens:
             self.token_projection = nn.Linear(config.memory_dim, size * size * h)
         if config.memory_center:
-            self.register_buffer("memory_mean", torch.zeros(config.memory_dim))
-        self.register_buffer("pos_embed", sincos_pos_embed(h, size)[None])
+            self.register_buffer("memory_mean", torch.empty(config.memory_dim))
+        self.register_buffer("pos_embed", torch.empty(1, size * size, h))
         self.feat_rope = Rope2d(h // config.num_heads, size) if config.rope else None
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
-        if config.align_dim:
-            self.projector = nn.ModuleList([alignment_projector(h, config.align_dim)])
+        if config.align_dim:  # three layers, as in REPA (arXiv 2410.06940)
+            layers = [nn.Linear(h, 2048), nn.SiLU(), nn.Linear(2048, 2048), nn.SiLU()]
+            layers.append(nn.Linear(2048, config.align_dim))
+            self.projector = nn.ModuleList([nn.Sequential(*layers)])
         self.final_layer = FinalLayer(config)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
         """linear layers, patch embedding (flattened)    Xavier uniform, bias 0
+        norms                                         1, bias 0
         t_embedder, y_embedder                        normal, std 0.02
         adaLN, final_layer.linear                     0 (without zero_init: as others, as in GMem)
+        buffers                                       position tables; memory_mean 0
         """
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
                 module.bias.zero_()
+            if isinstance(module, (nn.LayerNorm, nn.RMSNorm, Rope2d)):
+                module.reset_parameters()
         for name, weight in self.named_parameters():
             if name.startswith(("t_embedder", "y_embedder")) and weight.ndim == 2:
                 nn.init.normal_(weight, std=0.02)
             if self.config.zero_init and ("adaLN" in name or name.startswith("final_layer.linear")):
                 weight.zero_()
+        size = self.config.input_size // self.config.patch_size
+        x, y = position_angles(self.config.hidden_size, size)
+        self.pos_embed.copy_(torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1))
+        if self.config.memory_center:
+            self.memory_mean.zero_()
 
     def shown_snippets(self, s):
         """Snippets (B, D) as the network sees them: centred, scaled, masked; zeros stay zeros."""
@@ -337,31 +307,33 @@ class SiT(nn.Module):
         """(B, T, p*p*channels) -> (B, C, H, W), without the unused channels of learn_sigma."""
         p = self.config.patch_size
         n = self.config.input_size // p
-        x = tokens.reshape(len(tokens), n, n, p, p, -1)[..., : self.config.in_channels]
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), -1, n * p, n * p)
+        x = tokens.unflatten(2, (p, p, -1)).unflatten(1, (n, n))[..., : self.config.in_channels]
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
     def forward(self, x, t, s=None, y=None):
         """-> velocity (B, C, H, W); in training with align_dim, also tokens (B, T, align_dim).
 
-        x  (B, C, H, W)
+        x  (B, C, H, W), like t and s of any float type: the weights' (or autocast's) is computed in
         t  (B,) in [0, 1]
         s  (B, D) unit-norm snippets; None: the null snippet, zeros; ignored without memory
-        y  (B,) labels; None: the null label, index num_classes; ignored without labels
+        y  (B,) labels; None or negative: the null label, index num_classes; ignored without labels
         """
         config = self.config
-        c = self.t_embedder(timestep_embedding(t).type_as(self.pos_embed))  # (B, h)
-        h = self.x_embedder(x) + self.pos_embed  # (B, T, h)
+        dtype = self.t_embedder.mlp[0].weight.dtype  # FSDP's while it runs; pos_embed stays float32
+        x = x.to(dtype)
+        c = self.t_embedder(timestep_embedding(t).to(dtype))  # (B, h)
+        h = self.x_embedder(x) + self.pos_embed.to(dtype)  # (B, T, h)
         if config.memory_dim:
             if s is None:
-                s = x.new_zeros(len(x), config.memory_dim)
-            s = self.shown_snippets(s)
+                s = x.new_zeros(x.shape[0], config.memory_dim)
+            s = self.shown_snippets(s).to(dtype)
             c = c + self.condition_projection(s)
             if config.memory_tokens:
                 h = h + self.token_projection(s).view(h.shape)
         if config.num_classes:
             if y is None:
-                y = torch.full((len(x),), config.num_classes, device=x.device)
-            c = c + self.y_embedder(y)
+                y = torch.full((x.shape[0],), -1, device=x.device)
+            c = c + self.y_embedder(torch.where(y < 0, config.num_classes, y.long()))
 
         projected = None
         for i, block in enumerate(self.blocks, start=1):
@@ -369,23 +341,19 @@ class SiT(nn.Module):
             if self.training and config.align_dim and i == config.align_depth:
                 projected = self.projector[0](h)
 
-        out = self.unpatchify(self.final_layer(h, c))
-        v = out
+        v = self.unpatchify(self.final_layer(h, c))
         if config.predict_x:
-            remaining = 1 - t[:, None, None, None]
-            v = (out - x) / remaining.clamp_min(0.05)  # bounded, as in arXiv 2511.13720
+            remaining = (1 - t[:, None, None, None]).to(dtype)
+            v = (v - x) / remaining.clamp_min(0.05)  # bounded, as in arXiv 2511.13720
         return v if projected is None else (v, projected)
 
 
-# ----------------------------------------------------------------------------------------- the loss
+# -------------------------------------------------------------------------------- loss and samplers
 
 
 def cosine(v, u):
-    """Cosine over channels, (B, C, H, W) -> (B, H, W).
-
-    Its gradient is 1 / |v|, without bound for a network that starts at v = 0; so |v| counts as at
-    least 0.1. Written out, because F.cosine_similarity takes a quarter of a step on a CPU.
-    """
+    """Cosine over channels, (B, C, H, W) -> (B, H, W). |v| counts as at least 0.1, because the
+    gradient is 1 / |v|. F.cosine_similarity would take a quarter of a step on a CPU."""
     v_square = v.square().sum(1).clamp_min(1e-2)
     u_square = u.square().sum(1).clamp_min(1e-8)
     return (v * u).sum(1) * (v_square * u_square).rsqrt()
@@ -394,26 +362,25 @@ def cosine(v, u):
 def flow_loss(
     model, x, s=None, y=None, cond_drop_prob=0.1, targets=None, align=0.0, t_mean=0.0, t_std=1.0
 ):
-    """The training loss of one batch (see the head of this file), a scalar; t is logit-normal.
+    """The training loss of one batch, as at the head of this file: a scalar, in float32 always.
 
-    x               (B, C, H, W) data
-    s               (B, D) snippets
+    model           SiT, or what wraps it (DDP, FSDP, torch.compile, accelerate)
+    x               (B, C, H, W) data, of any float type; s (B, D) snippets
     y               (B,) labels, -1 where there is none
     cond_drop_prob  part of the images that are shown with the null condition
-    targets         (B, T, align_dim) features that the projected tokens are aligned with (REPA)
-    align           weight of that
-    t_mean, t_std   of the logit of t
+    targets         (B, T, align_dim) features for the projected tokens (REPA); align: their weight
+    t_mean, t_std   mean and standard deviation of the logit of t, which is normal
     All draws are from torch's default generator: t, z, and which images to drop, in this order.
     """
-    B = len(x)
-    t = (t_mean + t_std * torch.randn(B, device=x.device)).sigmoid()
+    x = x.float()
+    B = x.shape[0]
+    t = (t_mean + t_std * torch.randn(B, device=x.device, dtype=x.dtype)).sigmoid()
     z = torch.randn_like(x)
-    keep = torch.rand(B, device=x.device) >= cond_drop_prob
+    keep = torch.rand(B, device=x.device, dtype=x.dtype) >= cond_drop_prob
     if s is not None:
         s = s * keep[:, None]
     if y is not None:
-        null_label = getattr(model, "module", model).config.num_classes  # module: inside of DDP
-        y = torch.where(keep & (y >= 0), y, null_label)
+        y = torch.where(keep, y.long(), -1)
 
     x_t = torch.lerp(z, x, t[:, None, None, None])
     u = x - z
@@ -424,37 +391,51 @@ def flow_loss(
     v = v.float()
     loss = F.mse_loss(v, u) + 1 - cosine(v, u).mean()
     if targets is not None:
-        loss = loss - align * F.cosine_similarity(projected.float(), targets, dim=-1).mean()
+        if projected is None:
+            raise InputError("targets: expected a model with align_dim, in training mode")
+        cosines = F.cosine_similarity(projected.float(), targets.float(), dim=-1)
+        loss = loss - align * cosines.mean()
+    elif projected is not None:
+        loss = loss + 0 * projected.float().sum()  # DDP wants a gradient of every parameter
     return loss
 
 
-# ------------------------------------------------------------------------------------- the samplers
+def check_eval(model):
+    """InputError where a SiT is in training mode: it would mask the snippets that it is given."""
+    modules = model.modules() if isinstance(model, nn.Module) else []
+    if any(isinstance(module, SiT) and module.training for module in modules):
+        raise InputError("the network is in training mode: call its eval() before sampling")
 
 
-def check_method(method):
+def start(v, z, method):
+    """The noise z in float32, or float64, after a look at the arguments of a sampler."""
+    check_eval(v)
     if method not in ("euler", "heun"):
         raise InputError(f"unknown method {method}; known: euler, heun")
+    return z.to(torch.promote_types(z.dtype, torch.float32))
 
 
 def at_time(v, x, t):
-    """v(x, t) for a t that is one number for all of the batch."""
-    return v(x, x.new_full((len(x),), t))
+    """v(x, t) in the dtype of x, for a t that is one number for all of the batch."""
+    if not getattr(v, "takes_number", False):  # guided's functions do
+        t = x.new_full((x.shape[0],), t)
+    return v(x, t).to(x.dtype)
 
 
+@torch.no_grad()
 def ode(v, z, steps, method="heun", shift=0.0):
     """From noise z (B, ...) to data, by v(x, t) -> velocity, t (B,). Returns x at t = 1.
 
+    v       a network in eval mode, what guided returns, or a function; its values of any float type
     method  "euler" (order 1), or "heun" (order 2; its last step is an Euler step, because no
             network has learned what to do at t = 1); InputError, a ValueError, for others
     shift   s > 0 maps the times by t -> s t / (1 + (s-1) t); s < 1 puts more steps near the noise
+    No graph is kept. x is float32 (float64 where z is) between the steps, also under autocast.
     """
-    check_method(method)
-    times = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    x = start(v, z, method)
+    times = [i / steps for i in range(steps + 1)]
     if shift > 0:
-        times = shift * times / (1 + (shift - 1) * times)
-    times = times.tolist()
-
-    x = z
+        times = [shift * t / (1 + (shift - 1) * t) for t in times]
     for i in range(steps):
         dt = times[i + 1] - times[i]
         k = at_time(v, x, times[i])
@@ -464,6 +445,7 @@ def ode(v, z, steps, method="heun", shift=0.0):
     return x
 
 
+@torch.no_grad()
 def sde(v, z, steps, method="heun", noise=torch.randn_like, diffusion=1.0, last_step=0.004):
     """As ode, with noise of strength w(t) = diffusion (1 - t).
 
@@ -472,13 +454,12 @@ def sde(v, z, steps, method="heun", noise=torch.randn_like, diffusion=1.0, last_
     last_step  the size of the last step, which has no noise ("mean")
     The defaults are the official GMem's, whose num_steps are points: one more than these steps.
     """
-    check_method(method)
+    x = start(v, z, method)
 
     def drift(x, t):
         velocity = at_time(v, x, t)
         return velocity + diffusion * (t * velocity - x)
 
-    x = z
     dt = (1 - last_step) / steps
     for i in range(steps):
         t = i * dt
@@ -493,79 +474,35 @@ def sde(v, z, steps, method="heun", noise=torch.randn_like, diffusion=1.0, last_
 
 
 def guided(model, s=None, y=None, cfg=1.0, interval=(0.0, 1.0)):
-    """-> v(x, t) of a model under snippets s (B, D) and labels y (B,), with guidance.
+    """-> v(x, t), the velocity under snippets s (B, D) and labels y (B,), with guidance.
 
-    It acts on all channels, at times within interval; elsewhere it costs no second evaluation.
+    model     SiT, or what wraps it (DDP, FSDP, torch.compile, AveragedModel), in eval mode
+    cfg       guidance scale, on all channels; 1: no guidance
+    interval  LO, HI: guidance only while LO <= t <= HI
+    v has the dtype that the model returns. t is (B,), or a number, as ode and sde give it: outside
+    of the interval a number costs one evaluation. (B,) always costs two: no GPU is waited for.
     """
-    s_both = None
-    y_both = None
-    if s is not None:
-        s_both = torch.cat([s, torch.zeros_like(s)])
-    if y is not None:
-        y_both = torch.cat([y, torch.full_like(y, model.config.num_classes)])
     low = interval[0] - 1e-6  # t is float32
     high = interval[1] + 1e-6
 
     def v(x, t):
-        if cfg == 1 or not low <= float(t[0]) <= high:
-            return model(x, t, s, y)
-        both = model(torch.cat([x, x]), torch.cat([t, t]), s_both, y_both)
-        v_s, v_null = both.float().chunk(2)
-        return torch.lerp(v_null, v_s, cfg)
+        check_eval(model)
+        active = cfg != 1
+        if not torch.is_tensor(t):
+            active = active and low <= t <= high
+            t = x.new_full((x.shape[0],), t)
+        v_s = model(x, t, s, y)
+        if not active:
+            return v_s
+        v_null = model(x, t)
+        within = ((low <= t) & (t <= high)).view(-1, *[1] * (x.ndim - 1))
+        return torch.where(within, torch.lerp(v_null, v_s, cfg), v_s)
 
+    v.takes_number = True  # see at_time
     return v
 
 
-# ------------------------------------------------------------------------------ the snippets' prior
-
-
-class SnippetPrior(nn.Module):
-    """p(c), or p(c | label), of the r coefficients c of a snippet, by flow matching as above.
-
-    RCG (arXiv 2312.03701) does this for whole features; here a truncated SVD has made them short.
-    Fitted by memory.fit_prior. The flow is that of (c - mean) / std, with one std for all of c, so
-    that the directions of most energy count most. The last label is the null one; counts: how many
-    rows of the bank have each label, the null label where they have none.
-    """
-
-    def __init__(self, rank, num_classes=0, width=256, depth=4):
-        super().__init__()
-        self.rank = rank
-        self.num_classes = num_classes
-        self.register_buffer("mean", torch.zeros(rank))
-        self.register_buffer("std", torch.ones(()))
-        self.register_buffer("counts", torch.zeros(num_classes + 1, dtype=torch.int64))
-        self.c_embedder = nn.Linear(rank, width)
-        self.t_embedder = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
-        self.y_embedder = nn.Embedding(num_classes + 1, width)
-        self.blocks = nn.ModuleList()
-        for _ in range(depth):
-            fc1 = nn.Linear(width, width)
-            fc2 = nn.Linear(width, width)
-            self.blocks.append(nn.Sequential(nn.LayerNorm(width), fc1, nn.SiLU(), fc2))
-        self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, rank))
-
-    def forward(self, c, t, y=None):
-        """c (B, r) at times t (B,), labels y (B,) or None: the null label -> velocity (B, r)"""
-        if y is None:
-            y = torch.full((len(c),), self.num_classes, device=c.device)
-        t = self.t_embedder(timestep_embedding(1000 * t))
-        h = self.c_embedder(c) + t + self.y_embedder(y)  # (B, width)
-        for block in self.blocks:
-            h = h + block(h)
-        return self.out(h)
-
-    def loss(self, c, z, t, y=None):
-        """coefficients c (B, r), noise z (B, r), times t (B,), labels y (B,) -> a scalar"""
-        c = (c - self.mean) / self.std
-        c_t = torch.lerp(z, c, t[:, None])
-        return F.mse_loss(self(c_t, t, y), c - z)
-
-    @torch.no_grad()
-    def sample(self, noise, y=None, steps=40):
-        """noise (B, r), labels y (B,) -> coefficients (B, r), by so many steps of Heun's method"""
-        c = ode(lambda c, t: self(c, t, y), noise, steps)
-        return self.mean + self.std * c
+# ======================== end of the core: networks made elsewhere follow =========================
 
 
 # --------------------------------------------------------------------------- weights made elsewhere
