@@ -5,9 +5,8 @@
     loss = |v - (x - z)|^2 + 1 - cos(v, x - z)
 
     ODE  dx = v dt
-    SDE  dx = (v + w (t v - x) / (1 - t)) dt + sqrt(2 w) dW
-         w(t) = 1 - t, and (t v - x) / (1 - t) is the score
-    guidance  v = v_null + cfg (v_s - v_null)                where LO <= t <= HI
+    SDE  dx = (v + w score) dt + sqrt(2 w) dW        w(t) = 1 - t, score = (t v - x) / (1 - t)
+    guidance  v = v_null + cfg (v_s - v_null)        where LO <= t <= HI
 
 - one class is SiT (arXiv 2401.08740) and LightningDiT (arXiv 2501.01423), by switches of SiTConfig
 - the network may predict x instead of v, for large patches (arXiv 2511.13720); it returns v
@@ -18,12 +17,14 @@
 """
 
 import argparse
+import hashlib
 import math
 import os
-import urllib.error
+import urllib.request
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
+from http.client import HTTPException
 
 import torch
 import torch.nn.functional as F
@@ -133,7 +134,9 @@ class PatchEmbed(nn.Conv2d):
     """x (B, C, H, W) -> tokens (B, T, h): a convolution with stride p, as a (faster) product."""
 
     def forward(self, x):
-        patches = F.pixel_unshuffle(x, self.stride[0]).flatten(2).mT  # (B, T, C*p*p)
+        p = self.stride[0]
+        x = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (B, C, n, p, n, p)
+        patches = x.permute(0, 1, 3, 5, 2, 4).flatten(4).flatten(1, 3).mT  # (B, T, C*p*p)
         return F.linear(patches, self.weight.flatten(1), self.bias)
 
 
@@ -343,8 +346,7 @@ class SiT(nn.Module):
 
         v = self.unpatchify(self.final_layer(h, c))
         if config.predict_x:
-            remaining = (1 - t[:, None, None, None]).to(dtype)
-            v = (v - x) / remaining.clamp_min(0.05)  # bounded, as in arXiv 2511.13720
+            v = (v - x) / (1 - t[:, None, None, None]).clamp_min(0.05).to(dtype)  # arXiv 2511.13720
         return v if projected is None else (v, projected)
 
 
@@ -362,9 +364,8 @@ def cosine(v, u):
 def flow_loss(
     model, x, s=None, y=None, cond_drop_prob=0.1, targets=None, align=0.0, t_mean=0.0, t_std=1.0
 ):
-    """The training loss of one batch, as at the head of this file: a scalar, in float32 always.
+    """The training loss of one batch (see the head of this file), a scalar; always in float32.
 
-    model           SiT, or what wraps it (DDP, FSDP, torch.compile, accelerate)
     x               (B, C, H, W) data, of any float type; s (B, D) snippets
     y               (B,) labels, -1 where there is none
     cond_drop_prob  part of the images that are shown with the null condition
@@ -381,13 +382,10 @@ def flow_loss(
         s = s * keep[:, None]
     if y is not None:
         y = torch.where(keep, y.long(), -1)
-
     x_t = torch.lerp(z, x, t[:, None, None, None])
     u = x - z
     v = model(x_t, t, s, y)
-    projected = None
-    if isinstance(v, tuple):
-        v, projected = v
+    v, projected = v if isinstance(v, tuple) else (v, None)
     v = v.float()
     loss = F.mse_loss(v, u) + 1 - cosine(v, u).mean()
     if targets is not None:
@@ -417,9 +415,11 @@ def start(v, z, method):
 
 def at_time(v, x, t):
     """v(x, t) in the dtype of x, for a t that is one number for all of the batch."""
-    if not getattr(v, "takes_number", False):  # guided's functions do
-        t = x.new_full((x.shape[0],), t)
-    return v(x, t).to(x.dtype)
+    times = x.new_full((x.shape[0],), t)
+    if not hasattr(v, "interval"):
+        return v(x, times).to(x.dtype)
+    low, high = v.interval  # of guided
+    return v(x, times, outside=not low <= t <= high).to(x.dtype)
 
 
 @torch.no_grad()
@@ -427,8 +427,8 @@ def ode(v, z, steps, method="heun", shift=0.0):
     """From noise z (B, ...) to data, by v(x, t) -> velocity, t (B,). Returns x at t = 1.
 
     v       a network in eval mode, what guided returns, or a function; its values of any float type
-    method  "euler" (order 1), or "heun" (order 2; its last step is an Euler step, because no
-            network has learned what to do at t = 1); InputError, a ValueError, for others
+    method  "euler" (order 1) or "heun" (order 2; its last step is Euler's, because no network has
+            learned what to do at t = 1)
     shift   s > 0 maps the times by t -> s t / (1 + (s-1) t); s < 1 puts more steps near the noise
     No graph is kept. x is float32 (float64 where z is) between the steps, also under autocast.
     """
@@ -447,9 +447,8 @@ def ode(v, z, steps, method="heun", shift=0.0):
 
 @torch.no_grad()
 def sde(v, z, steps, method="heun", noise=torch.randn_like, diffusion=1.0, last_step=0.004):
-    """As ode, with noise of strength w(t) = diffusion (1 - t).
+    """As ode, with noise of strength w(t) = diffusion (1 - t); "euler" is Euler-Maruyama.
 
-    method     "euler" (Euler-Maruyama) or "heun"
     noise      noise(x) -> standard normal numbers of x's shape
     last_step  the size of the last step, which has no noise ("mean")
     The defaults are the official GMem's, whose num_steps are points: one more than these steps.
@@ -479,81 +478,129 @@ def guided(model, s=None, y=None, cfg=1.0, interval=(0.0, 1.0)):
     model     SiT, or what wraps it (DDP, FSDP, torch.compile, AveragedModel), in eval mode
     cfg       guidance scale, on all channels; 1: no guidance
     interval  LO, HI: guidance only while LO <= t <= HI
-    v has the dtype that the model returns. t is (B,), or a number, as ode and sde give it: outside
-    of the interval a number costs one evaluation. (B,) always costs two: no GPU is waited for.
+    v costs two evaluations, as it does not wait for a GPU to know t; outside of the interval ode
+    and sde tell it so, and one is enough.
     """
     low = interval[0] - 1e-6  # t is float32
     high = interval[1] + 1e-6
 
-    def v(x, t):
+    def v(x, t, outside=False):
         check_eval(model)
-        active = cfg != 1
-        if not torch.is_tensor(t):
-            active = active and low <= t <= high
-            t = x.new_full((x.shape[0],), t)
         v_s = model(x, t, s, y)
-        if not active:
+        if cfg == 1 or outside:
             return v_s
         v_null = model(x, t)
         within = ((low <= t) & (t <= high)).view(-1, *[1] * (x.ndim - 1))
         return torch.where(within, torch.lerp(v_null, v_s, cfg), v_s)
 
-    v.takes_number = True  # see at_time
+    v.interval = (low, high)
     return v
 
 
 # ======================== end of the core: networks made elsewhere follow =========================
 
 
-# --------------------------------------------------------------------------- weights made elsewhere
+def fetch(url, path, sha256):
+    """The file at url -> path. OSError where its length, or the head of its SHA-256, is wrong."""
+    partial = f"{path}.{os.urandom(8).hex()}.partial"
+    request = urllib.request.Request(url, headers={"User-Agent": "torch.hub"})
+    digest = hashlib.sha256()
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response, open(partial, "wb") as file:
+            length = response.headers["Content-Length"]
+            print(f"downloading {url} ({length} bytes) to {path}", flush=True)
+            while chunk := response.read(1 << 20):
+                file.write(chunk)
+                digest.update(chunk)
+        if length is not None and os.path.getsize(partial) != int(length):
+            raise OSError(f"the connection was cut after {os.path.getsize(partial)} bytes")
+        if not digest.hexdigest().startswith(sha256):
+            raise OSError(f"the SHA-256 is {digest.hexdigest()}, expected {sha256}")
+        os.replace(partial, path)
+    finally:
+        if os.path.exists(partial):
+            os.remove(partial)
 
 
-def load_file(source, urls=None, keys=()):
+def download(url, path, sha256):
+    """The file at url -> path, by one process: others wait. InputError where that fails."""
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(f"{path}.lock", "w") as lock:
+            if os.name == "posix":  # elsewhere each process downloads a copy of its own
+                import fcntl
+
+                fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed, or the process ends
+            if not os.path.exists(path):
+                fetch(url, path, sha256)
+    except (OSError, HTTPException) as e:
+        reason = f"{type(e).__name__}: {e}"
+        raise InputError(f"no download of {url} to {path} ({reason}): put a copy there") from e
+
+
+def load_failure(error):
+    """Why torch.load raised this error, in one line."""
+    text = str(error).rpartition("WeightsUnpickler error:")[2].strip()
+    first = text.partition("\n")[0].partition(" Please use")[0]
+    reason = f"{type(error).__name__}: {first}"
+    if "Unsupported global" in first:
+        return f"holds an object that is neither weights nor numbers, and is not loaded ({reason})"
+    if isinstance(error, (PermissionError, MemoryError)):
+        return f"cannot be read ({reason})"
+    return f"is damaged, or not written by torch.save ({reason})"
+
+
+def load_file(source, urls=(), keys=()):
     """What a file of torch.save holds, mapped into memory.
 
-    source  its path, or a name in urls (name -> URL), which is downloaded once
+    source  its path, or a name in urls, which is downloaded once, to torch's cache; what is
+            neither str nor path is returned as it is
+    urls    name -> URL, which may end in "#sha256=" and the first digits of the file's SHA-256
     keys    what has to be in it
     InputError where it cannot be had.
     """
-    urls = urls or {}
-    options = {"map_location": "cpu", "weights_only": True}
-    try:
-        if source in urls:
-            name = source + os.path.splitext(urls[source])[1]
-            return torch.hub.load_state_dict_from_url(urls[source], file_name=name, **options)
-        # SiT's files hold their settings
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(source, mmap=zipfile.is_zipfile(source), **options)
-        missing = [key for key in keys if key not in content]
-    except urllib.error.URLError as e:
-        raise InputError(
-            f"no download ({e.reason}): give the path of a copy of {urls[source]}"
-        ) from e
-    except (FileNotFoundError, IsADirectoryError) as e:
+    if not isinstance(source, (str, os.PathLike)):
+        return source
+    path = os.fspath(source)
+    advice = ""
+    if path in urls:
+        url, _, sha256 = urls[path].partition("#sha256=")
+        name = path + os.path.splitext(url)[1]
+        path = os.path.join(torch.hub.get_dir(), "checkpoints", name)
+        advice = f"; delete it, and it is downloaded again from {url}"
+        if not os.path.exists(path):
+            download(url, path, sha256)
+    if not os.path.isfile(path):
         known = f", and none of {', '.join(urls)}" if urls else ": give the path of one"
-        raise InputError(f"{source} is no file{known}") from e
+        raise InputError(f"{path} is no file{known}")
+    options = {"map_location": "cpu", "weights_only": True, "mmap": zipfile.is_zipfile(path)}
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # SiT's files hold one
+            content = torch.load(path, **options)
     except Exception as e:  # of any type, where the bytes are not torch's
-        raise InputError(
-            f"{source} is damaged, or not written by torch.save ({type(e).__name__})"
-        ) from e
+        raise InputError(f"{path} {load_failure(e)}{advice}") from e
+    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
     if missing:
-        raise InputError(f"{source} is no file of the kind expected: it lacks {', '.join(missing)}")
+        raise InputError(f"{path} is no file of the kind expected: it lacks {', '.join(missing)}")
     return content
 
 
 def weights_of(content):
     """What a file of weights holds -> {key: tensor}: the EMA weights where there are several sets,
-    without the prefixes of DDP and torch.compile."""
+    without what DDP, torch.compile and AveragedModel add."""
     if not isinstance(content, dict):
-        raise InputError(f"the file holds a {type(content).__name__}, expected weights by name")
+        raise InputError(f"expected weights by name, not a {type(content).__name__}")
     state = content
-    for name in ("state_dict", "model", "ema"):  # the last one there is counts
+    for name in ("state_dict", "model", "ema"):  # the last one in the file is taken
         if isinstance(content.get(name), dict):
             state = content[name]
     weights = {}
     for key, value in state.items():
-        if torch.is_tensor(value):
-            weights[key.replace("_orig_mod.", "").removeprefix("module.")] = value
+        if torch.is_tensor(value) and key != "n_averaged":
+            key = key.replace("_orig_mod.", "")
+            while key.startswith("module."):
+                key = key.removeprefix("module.")
+            weights[key] = value
     return weights
 
 
@@ -569,12 +616,29 @@ def load_into(weights, network, *args):
         if given != expected:
             wrong.append(f"{key} {given}, expected {expected}")
     if wrong:
-        raise InputError(
-            f"{len(wrong)} weights do not fit this {network.__name__}: {'; '.join(wrong[:3])}"
-        )
+        first = "; ".join(wrong[:3])
+        raise InputError(f"{len(wrong)} weights do not fit this {network.__name__}: {first}")
     copies = {key: value.to(wanted[key].dtype, copy=True) for key, value in weights.items()}
     model.load_state_dict(copies, assign=True)
     return model.eval()
+
+
+OFFICIAL_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # by hidden_size
+
+
+def check_official(weights, config):
+    """InputError where the weights may be of a network of which they do not tell everything."""
+    foreign = [key for key in weights if key.startswith(("memory_mean", "token_projection"))]
+    lightning = config.swiglu and config.rmsnorm and config.rope  # LightningDiT and GMem
+    if foreign:
+        why = foreign[0]
+    elif not (config.rope or config.qk_norm or config.hidden_size in OFFICIAL_HEADS):
+        why = f"the number of heads of hidden_size {config.hidden_size} is unknown"
+    elif not lightning and (config.memory_dim or not config.learn_sigma):
+        why = "neither SiT nor LightningDiT nor GMem"
+    else:
+        return
+    raise InputError(f"these are no official weights ({why}): load_sit needs config, see there")
 
 
 def official_config(weights):
@@ -584,19 +648,21 @@ def official_config(weights):
         return weights[key].shape[axis] if key in weights else 0
 
     hidden_size, in_channels, patch_size, _ = weights["x_embedder.proj.weight"].shape
+    head_dim = length("feat_rope.freqs_cos", 1) or length("blocks.0.attn.q_norm.weight")
+    heads = hidden_size // head_dim if head_dim else OFFICIAL_HEADS.get(hidden_size, 1)
     depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
     inner = length("blocks.0.mlp.fc2.weight", axis=1)
     swiglu = "blocks.0.mlp.w3.weight" in weights
     if swiglu:
         # its width is int(2/3 int(hidden_size mlp_ratio)): aim at the middle of what gives that
         inner = length("blocks.0.mlp.w3.weight", axis=1) * 3 // 2 + 1
-    return SiTConfig(
+    config = SiTConfig(
         input_size=patch_size * math.isqrt(length("pos_embed", axis=1)),
         patch_size=patch_size,
         in_channels=in_channels,
         hidden_size=hidden_size,
         depth=depth,
-        num_heads=16 if hidden_size == 1152 else hidden_size // 64,
+        num_heads=heads,
         mlp_ratio=(inner + 0.5) / hidden_size,
         memory_dim=length("condition_projection.linear.weight", axis=1),
         num_classes=max(0, length("y_embedder.embedding_table.weight") - 1),
@@ -608,22 +674,29 @@ def official_config(weights):
         align_dim=length("projector.0.4.bias"),
         align_depth=min(4, depth),
     )
+    check_official(weights, config)
+    return config
 
 
-def load_sit(source):
+def load_sit(source, config=None):
     """-> SiT of the EMA weights, in eval mode.
 
-    source  a checkpoint of train.py or of the official SiT, LightningDiT or GMem: path, loaded dict
-    InputError where keys or shapes do not fit.
+    source  path of a file, what torch.load gives for it, or a state dict. It is of this code where
+            it is {"config": vars(model.config), "model": model.state_dict()}; without "config", of
+            the official SiT, LightningDiT or GMem
+    config  SiTConfig, or its fields: needed with other weights alone (predict_x, memory_scale and
+            the like cannot be seen in them)
+    InputError where keys or shapes do not fit, or where config is needed.
     """
-    content = load_file(source) if isinstance(source, str) else source
+    content = load_file(source)
     weights = weights_of(content)
-    config = content.get("config")
+    if config is None:
+        config = content.get("config")
     try:
-        if config is None or "model" in config:  # the official files have other settings, or none
-            config = official_config(weights)
-        else:
+        if isinstance(config, dict) and "model" not in config:  # "model": in official settings
             config = SiTConfig(**config)
+        elif not isinstance(config, SiTConfig):
+            config = official_config(weights)
     except (KeyError, TypeError) as e:
         raise InputError(f"a checkpoint of no SiT, LightningDiT or GMem: {e}") from e
     return load_into(weights, SiT, config)
@@ -707,9 +780,8 @@ def encoder(channels, widths, num_blocks, attention_levels):
     width_in = widths[0]
     for i, width in enumerate(widths):
         last = i == len(widths) - 1
-        levels.append(
-            Level(width_in, width, num_blocks, i in attention_levels, downsample=not last)
-        )
+        attention = i in attention_levels
+        levels.append(Level(width_in, width, num_blocks, attention, downsample=not last))
         width_in = width
     return named(
         conv_in=nn.Conv2d(3, widths[0], 3, padding=1),
@@ -792,31 +864,24 @@ def ldm_key(key, levels):
 
 
 def load_autoencoder(source):
-    """-> AutoencoderKL in eval mode.
-
-    source  a name in AUTOENCODERS, a path or a state dict, in the key format of diffusers or LDM
-    InputError where keys or shapes do not fit.
-    """
-    given = weights_of(load_file(source, AUTOENCODERS) if isinstance(source, str) else source)
-    # others are of the training
-    parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+    """-> AutoencoderKL in eval mode. source: a name in AUTOENCODERS, a path or a state dict, with
+    the names of diffusers or LDM. InputError where names or shapes do not fit."""
+    given = weights_of(load_file(source, AUTOENCODERS))
+    parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # others: of the training
     given = {key: value for key, value in given.items() if key.startswith(parts)}
     downs = ("encoder.down.", "encoder.down_blocks.")
     levels = len({key.split(".")[2] for key in given if key.startswith(downs)})
     weights = {}
     for key, value in given.items():
         key = ldm_key(key, levels)
-        if ".attn" in key and value.ndim == 2:
-            # a linear layer in diffusers, a 1x1 convolution here
+        if ".attn" in key and value.ndim == 2:  # linear in diffusers, a 1x1 convolution here
             value = value[:, :, None, None]
         weights[key] = value
     try:
         channels = len(weights["post_quant_conv.bias"])
         widths = [len(weights[f"encoder.down.{i}.block.0.conv1.bias"]) for i in range(levels)]
     except KeyError as e:
-        raise InputError(
-            f"weights of no autoencoder in the format of diffusers or LDM: no {e}"
-        ) from e
+        raise InputError(f"weights of no autoencoder, as diffusers or LDM names them: {e}") from e
     blocks = {key.split(".")[4] for key in weights if key.startswith("encoder.down.0.block.")}
     attention = [i for i in range(levels) if f"encoder.down.{i}.attn.0.q.bias" in weights]
     return load_into(weights, AutoencoderKL, channels, widths, len(blocks), attention)
@@ -841,9 +906,8 @@ class DINOv2Block(nn.Module):
         self.attn = Attention(width, width // 64)
         self.ls1 = LayerScale(width)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = named(
-            fc1=nn.Linear(width, 4 * width), act=nn.GELU(), fc2=nn.Linear(4 * width, width)
-        )
+        inner = 4 * width
+        self.mlp = named(fc1=nn.Linear(width, inner), act=nn.GELU(), fc2=nn.Linear(inner, width))
         self.ls2 = LayerScale(width)
 
     def forward(self, x):
@@ -880,20 +944,18 @@ class DINOv2(nn.Module):
 
 
 META = "https://dl.fbaipublicfiles.com/dinov2"
+# Meta publishes no hashes of them; these are what other projects have recorded
 DINOV2 = {
-    "dinov2_vits14": f"{META}/dinov2_vits14/dinov2_vits14_pretrain.pth",
-    "dinov2_vitb14": f"{META}/dinov2_vitb14/dinov2_vitb14_pretrain.pth",
-    "dinov2_vitl14": f"{META}/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
+    "dinov2_vits14": f"{META}/dinov2_vits14/dinov2_vits14_pretrain.pth#sha256=b938bf1bc15cd2ec",
+    "dinov2_vitb14": f"{META}/dinov2_vitb14/dinov2_vitb14_pretrain.pth#sha256=0b8b82f85de91b42",
+    "dinov2_vitl14": f"{META}/dinov2_vitl14/dinov2_vitl14_pretrain.pth#sha256=d5383ea8f4877b24",
 }
 
 
 def load_dinov2(source):
-    """-> DINOv2 in eval mode.
-
-    source  a name in DINOV2, a path or a state dict in the official key format
-    InputError where keys or shapes do not fit.
-    """
-    weights = weights_of(load_file(source, DINOV2) if isinstance(source, str) else source)
+    """-> DINOv2 in eval mode. source: a name in DINOV2, a path or a state dict, with the official
+    names. InputError where names or shapes do not fit."""
+    weights = weights_of(load_file(source, DINOV2))
     weights.pop("mask_token", None)  # of its training
     try:
         width = weights["cls_token"].shape[2]
