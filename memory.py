@@ -1714,8 +1714,8 @@ def take_lock(out):
     """-> the lock file of an output, open and locked by this process; None, which is said, on a
     system without locks. InputError where another process holds it."""
     path = lock_path(out)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
     while fcntl is not None:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
         file = open(path, "a+")  # noqa: SIM115 - kept open; not emptied: it says who holds it
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1744,7 +1744,7 @@ def one_writer(out):
     Of several processes, the first one holds the lock for all. The system releases it when that
     process ends, by kill -9 too. InputError, which says who writes, where another command does."""
     folder = os.path.dirname(lock_path(out))
-    new_folder = not os.path.isdir(folder)
+    new_folder = rank_world()[0] == 0 and not os.path.isdir(folder)
     file = on_first_process(take_lock, out)
     try:
         yield
@@ -1754,8 +1754,8 @@ def one_writer(out):
             if is_at(file.name, file):
                 os.remove(file.name)
             file.close()
-            if new_folder and os.path.isdir(folder) and not os.listdir(folder):
-                os.rmdir(folder)
+        if new_folder and os.path.isdir(folder) and not os.listdir(folder):
+            os.rmdir(folder)
 
 
 # name: (default, type, help)

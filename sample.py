@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 import memory
 from memory import (
+    LOCK,
     Blocks,
     Images,
     InputError,
@@ -524,7 +525,7 @@ def check_out(out, count):
         return
     if not os.path.isdir(out):
         raise InputError(f"--out {out} is a file: give a .png, an .npz, or the name of a folder")
-    foreign = set(os.listdir(out)) - {f"{i:06d}.png" for i in range(count)}
+    foreign = set(os.listdir(out)) - {f"{i:06d}.png" for i in range(count)} - {LOCK}
     if foreign:
         raise InputError(f"--out {out}: the folder holds other files, such as {min(foreign)}")
 

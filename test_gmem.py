@@ -5,6 +5,7 @@ and no network.
 import argparse
 import copy
 import dataclasses
+import errno
 import hashlib
 import io
 import json
@@ -23,7 +24,7 @@ import time
 import tracemalloc
 import zipfile
 import zlib
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -4447,8 +4448,12 @@ def save_images(path, n, size=16):
 
 
 def files_below(folder="."):
-    """Every file and folder, with the time of its last change."""
-    return {path: path.stat().st_mtime_ns for path in Path(folder).rglob("*")}
+    """Every file with the time of its last change, and every folder."""
+    times = {path: 0 for path in Path(folder).rglob("*")}
+    for path in times:
+        if path.is_file():
+            times[path] = path.stat().st_mtime_ns
+    return times
 
 
 def assert_same_run(one, other):
@@ -4760,6 +4765,62 @@ def test_the_presets_for_imagenet_have_the_official_times(preset):
     assert (args.t_mean, args.t_std) == (0, 1)
 
 
+@pytest.mark.parametrize("preset", train.PRESETS)
+def test_a_preset_holds_nothing_but_settings_with_values_of_their_types(preset):
+    for name, value in train.PRESETS[preset].items():
+        kind = train.SETTINGS[name][1]
+        if isinstance(kind, tuple):
+            assert value in kind
+        elif kind is bool:
+            assert isinstance(value, bool)
+        elif not isinstance(kind, dict):
+            assert kind(str(value)) == value
+
+
+def network_of(preset, latent):
+    """The SiTConfig that a preset gives on latents of this shape, with 768 numbers in a snippet."""
+    args, _ = merge_settings({"preset": preset})
+    tokens = (latent[1] // CONFIGS[args.model]["patch_size"]) ** 2
+    bank = MemoryBank.build(features(3, 768), 2)
+    patches = MemoryBank.build(features(3 * tokens, 768), 2)
+    loader = argparse.Namespace(bank=bank, patches=patches, meta={"latent": latent})
+    return train.new_config(args, loader)
+
+
+def test_the_network_of_official_xl_is_that_of_the_official_code():
+    assert network_of("official-xl", (32, 16, 16)) == SiTConfig(
+        input_size=16,
+        patch_size=1,
+        in_channels=32,
+        hidden_size=1152,
+        depth=28,
+        num_heads=16,
+        memory_dim=768,
+        mask_ratio=0.4,
+        swiglu=True,
+        rmsnorm=True,
+        rope=True,
+        zero_init=False,
+        align_dim=768,
+        align_depth=4,
+    )
+
+
+def test_the_network_of_sit_xl_is_sit_xl_2_without_alignment():
+    expected = SiTConfig(**CONFIGS["SiT-XL/2"], input_size=32, in_channels=4, memory_dim=768)
+    assert network_of("sit-xl", (4, 32, 32)) == expected
+
+
+def test_sit_xl_is_28_epochs_of_imagenet():
+    args, _ = merge_settings({"preset": "sit-xl"})
+    assert args.steps * args.batch_size / 1_281_167 == pytest.approx(28, abs=0.05)
+
+
+def test_a_folder_that_was_prepared_otherwise_than_the_preset_says_is_refused(trained):
+    line = run(f"train.py --preset official-xl --data {trained}/out/data --device cpu", fails=True)
+    assert "rank 64, not full" in line
+
+
 def test_a_training_draws_its_times_as_asked(trained, monkeypatch):
     asked = []
 
@@ -4964,6 +5025,35 @@ def test_1_4_and_8_processes_split_a_batch_into_the_same_micro_batches():
     assert split(1024, None, 1) == (128, 8)
     assert split(1024, None, 4) == (128, 2)
     assert split(1024, None, 8) == (128, 1)
+
+
+@pytest.mark.parametrize("latent, expected", [(16, 128), (32, 32), (200, 1)])
+def test_a_forward_pass_has_at_most_32768_tokens(monkeypatch, latent, expected):
+    seen = []
+
+    def noted_split(batch_size, micro_batch, num_processes, most=128, before=None):
+        seen.append(most)
+        return split(batch_size, micro_batch, num_processes, most, before)
+
+    class NotedTrainer:
+        """A trainer at the end of its run."""
+
+        def __init__(self, *args):
+            self.config = argparse.Namespace(input_size=latent, patch_size=1)
+            self.step = 10**9
+
+    monkeypatch.setattr(train, "split", noted_split)
+    monkeypatch.setattr(train, "Trainer", NotedTrainer)
+    monkeypatch.setattr(train, "introduce", lambda *args: None)
+    save_images("x.npy", 6)
+    run(f"train.py {QUICK} --data x.npy")
+    assert seen[-1] == expected
+    assert split(1024, None, 8, seen[-1]) == (expected, 128 // expected)
+
+
+def test_a_resumed_run_keeps_its_micro_batch_on_another_number_of_processes():
+    assert split(64, None, 2, before=8) == (8, 4)
+    assert split(64, None, 8, before=16) == (8, 1)  # where it can
 
 
 def test_a_batch_that_does_not_divide_among_the_processes_is_refused():
@@ -5270,11 +5360,16 @@ def test_a_run_without_a_finite_step_gives_up(not_finite):
     assert not os.path.exists("out/ckpt.pt")
 
 
+def new_trainer(**changed):
+    """A trainer of a tiny network."""
+    settings = {"lr": 0.1, "warmup": 0, "decay": (0, 0), "ema": 0.9}
+    args = argparse.Namespace(**{**memory.defaults(train.SETTINGS), **settings, **changed})
+    return Trainer(args, SiTConfig(**TINY), None, CPU)
+
+
 def tiny_trainer(**changed):
     """A trainer of a tiny network that has taken one step."""
-    settings = {"seed": 0, "lr": 0.1, "warmup": 0, "decay": (0, 0), "clip": 1.0, "ema": 0.9}
-    args = argparse.Namespace(**{**settings, **changed})
-    trainer = Trainer(args, SiTConfig(**TINY), None, CPU)
+    trainer = new_trainer(**changed)
     draw_gradients(trainer)
     trainer.update(torch.tensor(1.0))
     return trainer
@@ -5339,8 +5434,7 @@ def test_the_step_after_a_skipped_one_is_the_step_that_would_have_been():
 
 
 def test_the_first_step_is_that_of_adam_with_clipped_gradients():
-    args = argparse.Namespace(seed=0, lr=0.1, warmup=4, decay=(0, 0), clip=1.0, ema=0.9)
-    trainer = Trainer(args, SiTConfig(**TINY), None, CPU)
+    trainer = new_trainer(warmup=4)
     draw_gradients(trainer)
     before = [parameter.detach().clone() for parameter in trainer.parameters]
     gradients = [parameter.grad.clone() for parameter in trainer.parameters]
@@ -5377,6 +5471,541 @@ def test_a_good_step_moves_the_optimizer():
         assert after[k]["step"] == 2
         assert not torch.equal(before[k]["exp_avg"], after[k]["exp_avg"])
         assert not torch.equal(before[k]["exp_avg_sq"], after[k]["exp_avg_sq"])
+
+
+# ------------------------------------------------------------------------------ what does not grow
+
+
+def resident_megabytes():
+    """Memory of this process that is in use."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS"):
+            return int(line.split()[1]) / 1024
+    raise AssertionError("no VmRSS")
+
+
+def tensors_between_steps(trainer):
+    """All tensors that a trainer holds."""
+    tensors = [value for value in vars(trainer).values() if torch.is_tensor(value)]
+    tensors += trainer.model.state_dict(keep_vars=True).values()
+    tensors += trainer.ema.state_dict(keep_vars=True).values()
+    for state in trainer.optimizer.state.values():
+        tensors += state.values()
+    return tensors
+
+
+def test_no_tensor_between_steps_has_a_gradient_function():
+    trainer = tiny_trainer()
+    assert len(tensors_between_steps(trainer)) > 100
+    assert all(tensor.grad_fn is None for tensor in tensors_between_steps(trainer))
+
+
+needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self"), reason="there is no /proc")
+
+
+@needs_proc
+def test_the_memory_of_a_training_does_not_grow_with_its_steps(monkeypatch):
+    loader = loader_of_50()
+    config = SiTConfig(**{**TINY, "input_size": 16, "patch_size": 8, "memory_dim": 768})
+    defaults = memory.defaults(train.SETTINGS)
+    args = argparse.Namespace(**{**defaults, "steps": 1500, "preview": False, "log_every": 300})
+    trainer = Trainer(args, config, loader, CPU)
+    megabytes = []
+
+    def noted_report(*args):
+        megabytes.append(resident_megabytes())
+        return Trainer.report(trainer, *args)
+
+    monkeypatch.setattr(trainer, "report", noted_report)
+    monkeypatch.setattr(train, "note_signals", list)
+    monkeypatch.setattr(trainer, "save", lambda *args: None)
+    os.mkdir("out")
+    train.train(trainer, trainer.model, loader, 4, 1, None)
+    assert len(megabytes) == 5
+    assert megabytes[-1] - megabytes[0] < 8
+
+
+@needs_proc
+def test_a_resumed_training_does_not_keep_its_checkpoint_open():
+    trainer = tiny_trainer()
+    loader = argparse.Namespace(folder="data", meta={})
+    os.mkdir("out")
+    trainer.save(loader, 4)
+    other = new_trainer()
+    other.load(model_file.load_file("out/ckpt.pt"))
+    assert "ckpt.pt" not in Path("/proc/self/maps").read_text()
+    torch.testing.assert_close(state_of(other), state_of(trainer), rtol=0, atol=0)
+
+
+def handlers_of_signals(monkeypatch, ignored=()):
+    """-> the list of train.note_signals, the handlers that it has set"""
+    handlers = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(signal, "getsignal", {n: signal.SIG_IGN for n in ignored}.get)
+    return train.note_signals(), handlers
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
+def test_a_signal_is_noted_and_does_not_end_the_process(monkeypatch, name):
+    times, handlers = handlers_of_signals(monkeypatch)
+    number = getattr(signal, name)
+    handlers[number](number, None)
+    assert times == pytest.approx([time.time()], abs=60)
+
+
+def test_many_signals_at_once_are_noted_once(monkeypatch):
+    times, handlers = handlers_of_signals(monkeypatch)
+    for _ in range(100):
+        handlers[signal.SIGTERM](signal.SIGTERM, None)
+    assert len(times) == 1
+
+
+def test_a_second_signal_later_on_ends_the_process(monkeypatch):
+    times, handlers = handlers_of_signals(monkeypatch)
+    raised = []
+    monkeypatch.setattr(signal, "raise_signal", raised.append)
+    handlers[signal.SIGTERM](signal.SIGTERM, None)
+    times[0] -= 3
+    handlers[signal.SIGTERM](signal.SIGTERM, None)
+    assert handlers[signal.SIGTERM] == signal.SIG_DFL
+    assert raised == [signal.SIGTERM]
+
+
+def test_a_signal_that_is_ignored_stays_ignored(monkeypatch):  # as SIGHUP under nohup
+    _, handlers = handlers_of_signals(monkeypatch, ignored=[signal.SIGHUP])
+    assert signal.SIGHUP not in handlers
+    assert signal.SIGTERM in handlers
+
+
+# ------------------------------------------------------------- resumed elsewhere, and from anywhere
+
+
+def test_resume_begins_a_run_that_is_not_there():
+    folder_of_images("images", 6)
+    command = f"train.py {QUICK} --no-preview --data images --steps 2 --resume"
+    assert "from step 0" in run(command)
+    assert load("out/ckpt.pt")["step"] == 2
+    assert "nothing to do" in run(command)  # the same command, again
+
+
+@pytest.fixture
+def moved(trained, monkeypatch):
+    """A copy of the run of `trained` at another place, which is the working directory; its old place
+    is gone. With data: a copy of its prepared folder, which elsewhere/out was trained on."""
+    shutil.copytree(trained / "out/data", "old/data")
+    monkeypatch.chdir("old")
+    run(f"train.py {QUICK} --no-preview --data data --steps 2 --out elsewhere/out")
+    folder_of_images("images", 6)
+    run(f"train.py {QUICK} --no-preview --data images --steps 2 --out within")
+    monkeypatch.chdir("..")
+    os.rename("old", "new")
+    monkeypatch.chdir("new")
+
+
+ON = "train.py --resume --steps 3 --decay 0 0 --device cpu"
+
+
+def test_a_run_goes_on_that_was_moved_together_with_its_data(moved):
+    run(f"{ON} --out elsewhere/out")
+    assert load("elsewhere/out/ckpt.pt")["step"] == 3
+
+
+def test_a_run_goes_on_that_was_renamed_with_data_inside(moved):
+    os.rename("within", "renamed")
+    run(f"{ON} --out renamed")
+    assert load("renamed/ckpt.pt")["step"] == 3
+    assert not os.path.exists("within")
+
+
+def test_a_run_goes_on_from_another_working_directory(moved, monkeypatch):
+    os.mkdir("there")
+    monkeypatch.chdir("there")
+    run(f"{ON} --out ../within")
+    assert load("../within/ckpt.pt")["step"] == 3
+    assert os.listdir() == []
+
+
+def test_a_run_in_the_default_folder_stays_there_when_it_was_renamed(moved):
+    os.rename("within", "out")
+    run(ON)
+    assert load("out/ckpt.pt")["step"] == 3
+    assert not os.path.exists("within")
+
+
+def test_a_run_goes_on_that_was_moved_away_from_its_data(moved):
+    os.rename("data", "first")
+    run(f"train.py {QUICK} --no-preview --data first --steps 2 --out a/run")
+    os.rename("a/run", "run")
+    run(f"{ON} --out run")
+    assert load("run/ckpt.pt")["step"] == 3
+    assert os.path.exists(os.path.join("run", load("run/ckpt.pt")["bank"]))
+
+
+def test_a_run_whose_data_were_moved_goes_on_where_they_are_given(moved):
+    os.rename("data", "moved_data")
+    line = run(f"{ON} --out elsewhere/out", fails=True)
+    assert "give --data" in line
+    run(f"{ON} --out elsewhere/out --data moved_data")
+    run(f"{ON} --out elsewhere/out --steps 4")  # which is remembered
+    assert load("elsewhere/out/ckpt.pt")["step"] == 4
+
+
+def test_a_run_does_not_go_on_with_other_data(moved):
+    before = files_below()
+    line = run(f"{ON} --out elsewhere/out --data within/data", fails=True)
+    assert "not what the run was begun with: other bank, images" in line
+    assert files_below() == before
+
+
+def test_a_run_goes_on_with_a_file_that_was_moved(moved):
+    torch.save({"mean": torch.zeros(3), "std": torch.ones(3)}, "stats.pt")
+    command = f"train.py {QUICK} --no-preview --decay 0 0 --data images --out out --resume"
+    run(f"{command} --steps 2 --latent-stats stats.pt")
+    os.mkdir("files")
+    os.rename("stats.pt", "files/stats.pt")
+    run(f"{command} --steps 3 --data out/data --latent-stats files/stats.pt")
+    assert load("out/ckpt.pt")["step"] == 3
+
+
+# ------------------------------------------------------------------------------- one writer at a time
+
+
+@contextmanager
+def training(out, data, steps=9999, **options):
+    """A training in a process of its own, from its first checkpoint on."""
+    command = f"train.py {QUICK} --steps {steps} --decay 0 0 --save-every 1 --no-preview"
+    process = start(f"{command} --data {data} --out {out}", **options)
+    wait_for(lambda: os.path.exists(f"{out}/ckpt.pt"), process)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_second_training_with_the_same_out_is_refused_and_the_first_goes_on(trained):
+    with training("out", trained / "out/data") as first:
+        line = run(f"train.py {QUICK} --resume --data {trained}/out/data", fails=True)
+        assert f"train.py (process {first.pid} on " in line
+        assert "is writing to out: wait, or name another --out" in line
+        first.send_signal(signal.SIGTERM)
+        text, _ = first.communicate()
+        assert "stopped by a signal" in text
+    assert not os.path.exists("out/.lock")
+
+
+def test_a_training_that_was_killed_can_be_resumed_at_once(trained):
+    with training("out", trained / "out/data") as first:
+        first.send_signal(signal.SIGKILL)
+        first.communicate()
+        steps = load("out/ckpt.pt")["step"] + 1
+        run(f"train.py --resume --steps {steps} --device cpu")
+    assert load("out/ckpt.pt")["step"] == steps
+
+
+def test_of_two_refused_processes_the_first_alone_says_so(trained):
+    shutil.copytree(trained / "out", "out")
+    with memory.one_writer("out"):
+        code, _, err = run_apart(f"train.py {QUICK} --resume --steps 9", processes=2)
+    assert code == 1  # torchrun's
+    assert len([line for line in err.splitlines() if line.startswith("train.py: error:")]) == 1
+    assert len(re.findall(r"exitcode *: 2", err)) >= 1
+    assert "Error:" not in err.replace("ChildFailedError:", "")
+
+
+OUTPUTS = {
+    "o": "o/.lock",
+    "o/": "o/.lock",
+    "o.cfg1.5": "o.cfg1.5/.lock",
+    "f/s.npz": "f/.s.npz.lock",
+}
+
+
+@pytest.mark.parametrize("out, lock", OUTPUTS.items())
+def test_an_output_has_one_writer_and_its_lock_file_goes_with_it(out, lock):
+    with memory.one_writer(out):
+        assert os.path.exists(lock)
+        refused("is writing to", memory.one_writer(out).__enter__, error=memory.InputError)
+    assert list(Path().iterdir()) == []
+
+
+def test_a_lock_leaves_a_folder_that_was_there_or_has_content():
+    os.mkdir("empty")
+    with memory.one_writer("empty"):
+        pass
+    with memory.one_writer("full"):
+        Path("full/x").write_text("")
+    assert sorted(os.listdir()) == ["empty", "full"]
+
+
+def test_two_files_of_one_folder_have_two_writers():
+    with memory.one_writer("a.npz"), memory.one_writer("b.npz"):
+        assert len(os.listdir()) == 2
+
+
+def test_a_lock_file_that_was_removed_before_it_was_locked_is_made_again():
+    flock = memory.fcntl.flock
+    removed = []
+
+    def slow_flock(file, how):
+        if not removed:  # the last holder removes it between open and flock
+            removed.append(os.remove(file.name))
+        flock(file, how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory.fcntl, "flock", slow_flock)
+        first = memory.one_writer("o")
+        first.__enter__()
+        assert removed
+    with ExitStack() as stack:
+        stack.push(first)
+        refused("is writing to", memory.one_writer("o").__enter__, error=memory.InputError)
+
+
+def test_a_system_without_locks_goes_without_and_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(memory, "fcntl", None)
+    with memory.one_writer("o"):
+        assert os.path.isdir("o")
+    assert "no file locks" in capsys.readouterr().out
+    assert os.listdir() == []
+
+
+def test_a_file_system_without_locks_goes_without_and_says_so(monkeypatch, capsys):
+    def no_locks(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(memory.fcntl, "flock", no_locks)
+    with memory.one_writer("o"):
+        pass
+    assert "cannot be locked ([Errno 37] No locks available)" in capsys.readouterr().out
+
+
+SLOW_SAVE = """
+import os, sys, time
+sys.path.insert(0, sys.argv.pop(1))
+import datetime
+import torch.distributed as dist
+import memory, train
+
+def impatient(*args, begin=dist.init_process_group, **options):
+    begin(*args, timeout=datetime.timedelta(seconds=5), **options)
+
+def slow_save(trainer, *args, save=train.Trainer.save):
+    if trainer.step == 2:
+        time.sleep(12)
+    save(trainer, *args)
+
+dist.init_process_group = impatient
+train.Trainer.save = slow_save
+memory.cli(train.main)
+"""
+
+
+def test_other_processes_wait_for_a_save_that_takes_longer_than_their_patience(trained):
+    Path("slow.py").write_text(SLOW_SAVE)
+    flags = f"--steps 3 --save-every 2 --no-preview --data {trained}/out/data".split()
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    argv += ["slow.py", HERE, *QUICK.split(), *flags]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert load("out/ckpt.pt")["step"] == 3
+
+
+# -------------------------------------------------------------- kept weights, and errors at the start
+
+
+def test_kept_weights_are_those_of_their_step_and_sample_py_takes_them(trained):
+    command = f"train.py {QUICK} --no-preview --data {trained}/out/data --decay 0 0"
+    run(f"{command} --steps 5 --keep-every 2 --out a")
+    run(f"{command} --steps 4 --out b")
+    kept = sorted(path.name for path in Path("a").glob("ema-*"))
+    assert kept == ["ema-0000002.pt", "ema-0000004.pt"]
+    expected = load("b/ckpt.pt")
+    checkpoint = load("a/ema-0000004.pt")
+    torch.testing.assert_close(checkpoint["ema"], expected["ema"], rtol=0, atol=0)
+    assert "model" not in checkpoint
+    command = "sample.py --num-images 2 --steps 2 --device cpu"
+    run(f"{command} --ckpt a/ema-0000004.pt --out a.npz")
+    run(f"{command} --ckpt b --out b.npz")
+    assert (images_of("a.npz") == images_of("b.npz")).all()
+
+
+def no_step(*args):
+    raise AssertionError("a step was begun")
+
+
+def test_a_preview_without_its_tokenizer_is_refused_before_the_first_step(trained, monkeypatch):
+    def no_tokenizer(name, device):
+        raise memory.InputError("no download")
+
+    monkeypatch.setattr(memory, "load_tokenizer", no_tokenizer)
+    monkeypatch.setattr(train, "train", no_step)
+    command = f"train.py {QUICK} --data {trained}/out/data"
+    assert "no download" in run(command, fails=True)
+    with pytest.raises(AssertionError, match="a step was begun"):
+        run(f"{command} --no-preview")
+
+
+def test_the_tokenizer_is_loaded_once(trained, monkeypatch):
+    loaded = []
+
+    def noted_tokenizer(name, device):
+        loaded.append(name)
+        return Pixels()
+
+    monkeypatch.setattr(memory, "load_tokenizer", noted_tokenizer)
+    run(f"train.py {QUICK} --data {trained}/out/data --steps 2 --save-every 1")
+    assert loaded == ["pixel"]
+
+
+@pytest.mark.parametrize("flags, copies", [("", 8), ("--keep-every 1", 10)])
+def test_a_disk_without_room_for_checkpoints_is_refused_at_the_start(
+    trained, monkeypatch, flags, copies
+):
+    config = SiTConfig(**load(trained / "out/ckpt.pt")["config"])
+    size = copies * 4 * sum(p.numel() for p in SiT(config).parameters())
+    free = argparse.Namespace(free=size - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    monkeypatch.setattr(train, "train", no_step)
+    command = f"train.py {QUICK} --data {trained}/out/data --steps 2 --no-preview {flags}"
+    line = run(command, fails=True)
+    assert f"the checkpoints of this run need {size / 1e9:.1f} GB more" in line
+    free.free = size
+    with pytest.raises(AssertionError, match="a step was begun"):
+        run(command)
+
+
+def test_out_of_memory_is_one_line_that_names_micro_batch(trained, monkeypatch):
+    def no_memory(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(train, "flow_loss", no_memory)
+    line = run(f"train.py {QUICK} --data {trained}/out/data", fails=True)
+    assert "too little memory for micro-batches of 16 images (4 tokens each)" in line
+    assert "a smaller --micro-batch" in line
+
+
+def test_an_error_of_the_gpu_while_saving_is_not_taken_for_a_full_disk():
+    error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    with pytest.raises(RuntimeError, match="illegal memory access"), memory.atomic_write("x"):
+        raise error
+    assert os.listdir() == []
+
+
+# ------------------------------------------------------------------------------------------- machines
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """gpus(n): n GPUs are visible; tensors on them are made elsewhere."""
+
+    def show(count):
+        def empty(size, device):
+            return argparse.Namespace(device=torch.device(device))
+
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch, "empty", empty)
+
+    return show
+
+
+def test_the_only_gpu_that_a_process_sees_is_its_own(gpus, monkeypatch, capsys):
+    gpus(1)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert memory.best_device("cuda") == torch.device("cuda:0")
+    text = capsys.readouterr().out
+    assert text == "process 3 of this machine uses cuda:0, the only GPU that it sees\n"
+
+
+def test_of_several_gpus_a_process_takes_that_of_its_local_rank(gpus, monkeypatch, capsys):
+    gpus(4)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert memory.best_device("cuda") == torch.device("cuda:3")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("supported, dtype", [(True, "bfloat16"), (False, "float32")])
+def test_a_gpu_without_bfloat16_computes_in_float32_and_that_is_said(
+    monkeypatch, capsys, supported, dtype
+):
+    def is_supported(including_emulation=True):
+        return supported or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
+    assert memory.default_dtype(torch.device("cuda:0")) == dtype
+    said = "cuda:0 does not compute in bfloat16: float32 is used\n"
+    assert capsys.readouterr().out == ("" if supported else said)
+
+
+@pytest.mark.parametrize("found", [None, "triton"])
+def test_without_triton_the_network_is_not_compiled_and_that_is_said(monkeypatch, capsys, found):
+    monkeypatch.setattr(train, "find_spec", {"triton": found}.get)
+    monkeypatch.setattr(torch, "compile", lambda model: "compiled")
+    net = train.wrapped("model", argparse.Namespace(compile=None), torch.device("cuda:0"))
+    assert net == ("model" if found is None else "compiled")
+    said = "Triton is not installed: the network is not compiled, and needs more memory\n"
+    assert capsys.readouterr().out == (said if found is None else "")
+
+
+LAUNCHES = {
+    "RANK=0": "RANK in the environment without WORLD_SIZE, MASTER_ADDR, MASTER_PORT",
+    "WORLD_SIZE=8": "WORLD_SIZE in the environment without RANK, MASTER_ADDR, MASTER_PORT",
+    "RANK=a WORLD_SIZE=1 MASTER_ADDR=localhost MASTER_PORT=1": "RANK is 'a' in the environment",
+    "RANK=0 WORLD_SIZE= MASTER_ADDR=localhost MASTER_PORT=1": "WORLD_SIZE is '' in the environment",
+}
+
+
+@pytest.mark.parametrize("variables, message", LAUNCHES.items())
+def test_a_part_of_what_torchrun_sets_is_one_line(monkeypatch, variables, message):
+    for variable in variables.split():
+        monkeypatch.setenv(*variable.split("="))
+    assert message in run("train.py --device cpu", fails=True)
+
+
+def test_a_local_rank_that_is_no_number_is_one_line(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "first")
+    assert "LOCAL_RANK is 'first' in the environment" in run("train.py --device cuda", fails=True)
+
+
+def test_an_apple_gpu_whose_optimizer_ignores_found_inf_keeps_its_weights():
+    trainer = tiny_trainer()
+    step = trainer.optimizer.step
+
+    def step_without_found_inf():
+        del trainer.optimizer.found_inf
+        step()
+
+    trainer.optimizer.step = step_without_found_inf
+    trainer.device = torch.device("mps")
+    before = state_of(trainer)
+    for loss in ("nan", "inf"):
+        draw_gradients(trainer)
+        trainer.update(torch.tensor(float(loss)))
+    torch.testing.assert_close(state_of(trainer), before, rtol=0, atol=0)
+    draw_gradients(trainer)
+    trainer.update(torch.tensor(1.0))
+    assert not torch.equal(
+        state_of(trainer)[0]["final_layer.linear.weight"], before[0]["final_layer.linear.weight"]
+    )
+
+
+@pytest.mark.parametrize("ramp, decay", [(True, 1 / 10), (False, 0.9)])
+def test_the_ema_has_a_ramp_where_that_is_asked_for(ramp, decay):
+    trainer = new_trainer(ema_ramp=ramp)
+    before = [parameter.clone() for parameter in trainer.ema.parameters()]
+    draw_gradients(trainer)
+    trainer.update(torch.tensor(1.0))
+    for old, new, ema in zip(before, trainer.parameters, trainer.ema.parameters()):
+        torch.testing.assert_close(ema, decay * old + (1 - decay) * new.detach())
+
+
+def test_beta2_is_that_of_the_optimizer():
+    trainer = new_trainer(beta2=0.75)
+    draw_gradients(trainer)
+    gradient = trainer.parameters[0].grad.clone()
+    norm = trainer.update(torch.tensor(1.0))
+    moment = trainer.optimizer.state[trainer.parameters[0]]["exp_avg_sq"]
+    torch.testing.assert_close(moment, (1 - 0.75) * (gradient / norm).square())
 
 
 # --------------------------------------------------------------------- external and internal memory
@@ -5791,7 +6420,6 @@ BAD_TRAIN = {
     "--data ok/data --flip": "was prepared with flip False, not True",
     # of a run that is there
     "--out ok": "--resume goes on",
-    "--resume": "ckpt.pt",
     "--resume --out ok --batch-size 32": "cannot go on with batch_size 32, not 16",
     "--resume --out ok --model SiT-T/4": "cannot go on with model SiT-T/4, not SiT-T/8",
     "--resume --out ok --preset imagenet256-b": "cannot go on with preset imagenet256-b, not glyphs",
