@@ -87,9 +87,12 @@ def inception_score(logits, split=5000):
 def precision_recall(ref, gen, k=3):
     """Features (N, D), (M, D), arrays or tensors -> two floats in [0, 1] (arXiv 1904.06991).
 
-    N and M are more than k; an image is not its own neighbour. InputError as centered_features.
+    N and M are more than k; an image is not its own neighbour. InputError as float64_features.
     """
-    ref, gen, _ = centered_features(ref, gen, least=k + 1)
+    ref, gen = float64_features(ref, gen, least=k + 1)
+    center = ref.mean(0)  # smaller numbers round less
+    ref = ref - center
+    gen = gen - center
     ref_radius = neighbour_distance(ref, k)
     gen_radius = neighbour_distance(gen, k)
 
@@ -101,10 +104,9 @@ def precision_recall(ref, gen, k=3):
     return gen_inside.sum().item() / len(gen), ref_inside.sum().item() / len(ref)
 
 
-def centered_features(ref, gen, least):
-    """Arrays or tensors (N, D), (M, D) -> both less the mean of ref, and this mean, in float64; so
-    on the CPU if they were on an Apple GPU. InputError: other shapes, not finite, N or M < least.
-    """
+def float64_features(ref, gen, least):
+    """Arrays or tensors (N, D), (M, D) -> both in float64, and so on the CPU if they were on an
+    Apple GPU. InputError: other shapes, not finite, N or M < least."""
     pair = []
     for x in (ref, gen):
         x = torch.as_tensor(x).detach()
@@ -118,8 +120,7 @@ def centered_features(ref, gen, least):
         raise InputError(
             f"features of {ref.shape[1]} and {gen.shape[1]} numbers, expected the same"
         )
-    center = ref.mean(0)
-    return ref - center, gen - center, center
+    return ref, gen
 
 
 def neighbour_distance(x, k):
@@ -143,39 +144,25 @@ def squared_distances(a, b, block=2**25):
 def kid(ref, gen):
     """Features (N, D), (M, D), arrays or tensors, N and M > 1 -> float (arXiv 1801.01401, eq. 4).
 
-    The unbiased estimate from all rows at once; it may be negative. InputError as centered_features.
+    The unbiased estimate from all rows at once; it may be negative. In float64, because k is large
+    where features are far from zero, and KID a small difference. InputError as float64_features.
     """
-    ref, gen, center = centered_features(ref, gen, least=2)
+    ref, gen = float64_features(ref, gen, least=2)
     n, m = len(ref), len(gen)
-    scale = center.square().mean() + 1
-    unit = (scale * len(center)).sqrt()
-    ref, gen, center = ((x / unit).float() for x in (ref, gen, center))  # twice as fast
-    within_ref = kernel_sum(ref, ref, center, same_set=True) / (n * (n - 1))
-    within_gen = kernel_sum(gen, gen, center, same_set=True) / (m * (m - 1))
-    between = kernel_sum(ref, gen, center, same_set=False) / (n * m)
-    return scale.item() ** 3 * (within_ref + within_gen - 2 * between)
+    within_ref = kernel_sum(ref, ref, same_set=True) / (n * (n - 1))
+    within_gen = kernel_sum(gen, gen, same_set=True) / (m * (m - 1))
+    return within_ref + within_gen - 2 * kernel_sum(ref, gen, same_set=False) / (n * m)
 
 
-def kernel_sum(a, b, center, same_set, block=2**24):
-    """(n, D), (m, D), (D,) -> the sum of k'(x, y) over all pairs; of one set: of different rows.
-
-    Far from zero k(x, y) is a large number for all pairs, and KID a small difference of its means.
-    With features center + x, where |center|^2 = 1 - 1 / scale, k is scale^3 (1 + u + v + w)^3,
-    u = center.x, v = center.y, w = x.y. What depends on x alone or on y alone cancels in KID:
-    k' = (1 + u + v + w)^3 - (1 + u)^3 - (1 + v)^3 + 1 is without it, multiplied out.
-    """
-    a_along = a @ center
-    b_along = b @ center
+def kernel_sum(a, b, same_set, block=2**24):
+    """(n, D), (m, D) -> the sum of k over all pairs; within one set, over pairs of different rows"""
     total = 0.0
     step = max(1, block // len(b))
     for start in range(0, len(a), step):
-        u = a_along[start : start + step, None]
-        w = a[start : start + step] @ b.T
-        p = 1 + u + b_along
-        values = 3 * u * b_along * (1 + p) + w * (3 * p * (p + w) + w * w)
+        values = (a[start : start + step] @ b.T / a.shape[1] + 1) ** 3
         if same_set:
             values.diagonal(start).zero_()
-        total += values.sum(1).cpu().double().sum().item()
+        total += values.sum().item()
     return total
 
 
