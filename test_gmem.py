@@ -6,7 +6,9 @@ import argparse
 import copy
 import dataclasses
 import errno
+import fractions
 import hashlib
+import http.server
 import io
 import json
 import math
@@ -20,10 +22,12 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from fractions import Fraction
 from functools import partial
@@ -36,6 +40,9 @@ import torch.nn.functional as F
 from PIL import Image
 from scipy import stats
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 import fid
 import memory
@@ -66,7 +73,6 @@ from model import (
     InputError,
     SiT,
     SiTConfig,
-    SnippetPrior,
     SwiGLU,
     dinov2_features,
     flow_loss,
@@ -76,7 +82,6 @@ from model import (
     load_sit,
     ode,
     sde,
-    sincos_pos_embed,
 )
 from sample import decode, draw_rows, generate
 from train import Loader, Trainer, learning_rate, merge_settings, split
@@ -318,8 +323,7 @@ def draws_of_flow_loss(x, cond_drop_prob):
 class StubNetwork:
     """Stands in for a SiT: gives 2 x_t + s, one number of s a channel; keeps what it was shown."""
 
-    def __init__(self, **settings):
-        self.config = SiTConfig(**TINY, **settings)
+    def __init__(self):
         self.snippets = []
         self.labels = []
         self.times = []
@@ -697,6 +701,7 @@ def test_no_label_is_the_null_label():
     x = torch.randn(2, 3, 8, 8)
     t = torch.rand(2)
     assert torch.equal(network(x, t), network(x, t, y=torch.tensor([5, 5])))
+    assert torch.equal(network(x, t), network(x, t, y=torch.tensor([-1, -1])))
     assert not torch.equal(network(x, t), network(x, t, y=torch.tensor([4, 4])))
 
 
@@ -706,7 +711,8 @@ def test_position_table_is_the_official_one():
     x_angle = np.outer(x.ravel(), w)
     y_angle = np.outer(y.ravel(), w)
     parts = [np.sin(x_angle), np.cos(x_angle), np.sin(y_angle), np.cos(y_angle)]
-    assert np.allclose(sincos_pos_embed(32, 4), np.concatenate(parts, axis=1), atol=1e-6)
+    table = tiny_sit().pos_embed[0]
+    assert np.allclose(table, np.concatenate(parts, axis=1), atol=1e-6)
 
 
 def rotated(rope, vector, row, column):
@@ -761,6 +767,159 @@ def test_a_hidden_size_that_is_no_multiple_of_the_heads_is_refused():
         SiTConfig(hidden_size=32, num_heads=3)
 
 
+# ----------------------------------------------------------------- the network in other code
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+EVERYTHING = {
+    "memory_dim": 12,
+    "memory_tokens": True,
+    "memory_center": True,
+    "num_classes": 5,
+    "swiglu": True,
+    "rmsnorm": True,
+    "rope": True,
+    "qk_norm": True,
+    "predict_x": True,
+    "align_dim": 7,
+    "align_depth": 1,
+}
+
+
+@pytest.mark.parametrize("switches", [{"qk_norm": True}, EVERYTHING], ids=["SiT", "LightningDiT"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_the_network_computes_in_the_dtype_of_its_weights(dtype, switches):
+    network = randomised(tiny_sit(**switches))
+    x, t, s, y = inputs_for(network)
+    want = network(x, t, s, y)
+    network.to(dtype)
+    for other in FLOATS:
+        if s is not None:
+            s = s.to(other)
+        v = network(x.to(other), t.to(other), s, y)
+        assert v.dtype == dtype
+        assert (v - want).norm() < 0.05 * want.norm()
+
+
+def test_a_network_made_under_another_default_dtype_has_it():
+    torch.set_default_dtype(torch.float64)
+    try:
+        network = randomised(tiny_sit(**EVERYTHING))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert network(*inputs_for(network)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32], ids=str)
+def test_labels_are_of_any_integer_type(dtype):
+    network = randomised(tiny_sit(num_classes=5))
+    x, t, _, y = inputs_for(network)
+    assert torch.equal(network(x, t, y=y.to(dtype)), network(x, t, y=y))
+    torch.manual_seed(0)
+    want = flow_loss(network, x, y=y, cond_drop_prob=0.5)
+    torch.manual_seed(0)
+    assert torch.equal(flow_loss(network, x, y=y.to(dtype), cond_drop_prob=0.5), want)
+
+
+def test_an_empty_batch_has_an_empty_velocity():
+    network = randomised(tiny_sit(**EVERYTHING))
+    x, t, s, y = inputs_for(network)
+    assert network(x[:0], t[:0], s[:0], y[:0]).shape == (0, 3, 8, 8)
+    assert ode(guided(network, s[:0], y[:0], 2.0), x[:0], 2).shape == (0, 3, 8, 8)
+
+
+def test_init_weights_fills_all_that_to_empty_leaves_open():
+    with torch.device("meta"):
+        network = tiny_sit(**EVERYTHING)
+    network.to_empty(device="cpu")
+    for value in network.state_dict().values():
+        value.fill_(math.nan)
+    torch.manual_seed(0)
+    network.init_weights()
+    want = tiny_sit(**EVERYTHING)
+    for name, value in network.state_dict().items():
+        assert value.isfinite().all(), name
+    for name, value in network.named_buffers():
+        assert torch.equal(value, want.get_buffer(name)), name
+    bound = math.sqrt(6 / (32 + 3 * 32))
+    assert bound * 0.98 < network.blocks[0].attn.qkv.weight.abs().max() <= bound
+
+
+def test_the_exported_network_takes_batches_of_any_size():
+    network = randomised(tiny_sit(**EVERYTHING))
+    x, t, s, y = inputs_for(network)
+    batch = {0: torch.export.Dim("batch", min=1, max=64)}
+    exported = torch.export.export(network, (x, t, s, y), dynamic_shapes=(batch,) * 4).module()
+    x = torch.randn(5, 3, 8, 8)
+    t = torch.rand(5)
+    s = torch.randn(5, 12)
+    y = torch.tensor([0, 4, -1, 5, 1])
+    assert torch.allclose(exported(x, t, s, y), network(x, t, s, y), atol=1e-5)
+
+
+def test_network_and_loss_compile_without_a_graph_break():
+    network = randomised(tiny_sit(**EVERYTHING)).train()
+    x, _, s, y = inputs_for(network)
+    torch.manual_seed(0)
+    want = flow_loss(network, x, s, y)
+    torch.manual_seed(0)
+    compiled = torch.compile(flow_loss, fullgraph=True, backend="eager")
+    assert torch.allclose(compiled(network, x, s, y), want)
+
+
+@pytest.fixture
+def process_group():
+    """A process group of this process alone."""
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch about itself
+def test_fsdp_trains_and_samples_in_mixed_precision(process_group):
+    network = randomised(tiny_sit(**EVERYTHING))
+    x, t, s, y = inputs_for(network)
+    sharded = copy.deepcopy(network)
+    policy = MixedPrecisionPolicy(torch.bfloat16)
+    for block in sharded.blocks:
+        fully_shard(block, mp_policy=policy)
+    fully_shard(sharded, mp_policy=policy)
+    v = guided(sharded, s, y, cfg=2.0)
+    assert v(x, t).dtype == torch.bfloat16
+    want = ode(guided(network, s, y, cfg=2.0), x, 2)
+    assert (ode(v, x, 2) - want).norm() < 0.1 * want.norm()
+    flow_loss(sharded.train(), x, s, y).backward()
+    assert all(parameter.grad is not None for parameter in sharded.parameters())
+
+
+WRAPPERS = {
+    "DDP": DistributedDataParallel,
+    "torch.compile": partial(torch.compile, backend="eager"),
+    "AveragedModel": AveragedModel,
+    "AveragedModel of torch.compile": lambda network: AveragedModel(
+        torch.compile(network, backend="eager")
+    ),
+    "DDP of torch.compile": lambda network: DistributedDataParallel(
+        torch.compile(network, backend="eager")
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_loss_guidance_and_load_sit_take_wrapped_networks(name, process_group):
+    network = randomised(tiny_sit(**EVERYTHING))
+    x, _, s, y = inputs_for(network)
+    wrapper = WRAPPERS[name](network)
+    want = ode(guided(network, s, y, cfg=2.0), x, 2)
+    assert torch.allclose(ode(guided(wrapper, s, y, cfg=2.0), x, 2), want, atol=1e-4)
+    loaded = load_sit(wrapper.state_dict(), network.config)
+    assert torch.equal(ode(guided(loaded, s, y, cfg=2.0), x, 2), want)
+    wrapper.train()
+    for _ in range(2):  # DDP finds unused parameters in the second forward pass
+        flow_loss(wrapper, x, s, y).backward()
+
+
 # ---------------------------------------------------------------------------------- loss
 
 
@@ -792,10 +951,10 @@ def test_dropped_images_see_the_null_snippet():
     assert torch.equal(shown[~kept], torch.zeros_like(s[~kept]))
 
 
-def test_without_drop_images_without_a_label_see_the_null_label():
-    network = StubNetwork(num_classes=5)
+def test_without_drop_labels_are_shown_and_images_without_one_are_shown_none():
+    network = StubNetwork()
     flow_loss(network, torch.randn(4, 3, 8, 8), y=torch.tensor([0, -1, 4, 2]), cond_drop_prob=0)
-    assert network.labels[0].tolist() == [0, 5, 4, 2]
+    assert network.labels[0].tolist() == [0, -1, 4, 2]
 
 
 @pytest.mark.parametrize("mean, std", [(0.0, 1.0), (-0.8, 0.8)])
@@ -809,19 +968,19 @@ def test_the_logit_of_the_time_is_normal(mean, std):
     assert stats.kstest(logit, "norm", (mean, std)).pvalue > 0.01
 
 
-def test_dropped_images_see_the_null_label():
-    network = StubNetwork(num_classes=5)
+def test_dropped_images_are_shown_no_label():
+    network = StubNetwork()
     flow_loss(network, torch.randn(4, 3, 8, 8), y=torch.tensor([0, -1, 4, 2]), cond_drop_prob=1)
-    assert network.labels[0].tolist() == [5, 5, 5, 5]
+    assert network.labels[0].tolist() == [-1, -1, -1, -1]
 
 
 def test_snippet_and_label_of_an_image_are_dropped_together():
-    network = StubNetwork(num_classes=5)
+    network = StubNetwork()
     s = F.normalize(torch.randn(1000, 3), dim=1)
     y = torch.zeros(1000, dtype=torch.long)
     flow_loss(network, torch.randn(1000, 3, 8, 8), s, y, cond_drop_prob=0.5)
     without_snippet = ~network.snippets[0].any(dim=1)
-    without_label = network.labels[0] == 5
+    without_label = network.labels[0] == -1
     assert torch.equal(without_snippet, without_label)
     assert 400 < without_label.sum() < 600
 
@@ -841,6 +1000,57 @@ def test_alignment_adds_the_weighted_cosine_of_projected_tokens_and_targets():
     _, tokens = network(x_t, t)
     cosine = (tokens * targets).sum(dim=2) / (tokens.norm(dim=2) * targets.norm(dim=2))
     assert aligned == pytest.approx(unaligned - 0.5 * cosine.mean().item(), rel=1e-5)
+
+
+def test_targets_for_a_network_that_projects_no_tokens_are_refused():
+    network = tiny_sit().train()
+    message = "targets: expected a model with align_dim, in training mode"
+    refused(message, flow_loss, network, torch.randn(2, 3, 8, 8), targets=torch.randn(2, 16, 7))
+
+
+def loss_of(network, x, s):
+    """The loss, and its gradient of the first weights; the draws are always the same."""
+    torch.manual_seed(1)
+    loss = flow_loss(network, x, s)
+    network.zero_grad()
+    loss.backward()
+    return loss, network.x_embedder.proj.weight.grad.float()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_data_of_any_float_type_have_the_loss_of_float32(dtype, autocast):
+    network = randomised(tiny_sit(memory_dim=12, predict_x=True))
+    x = torch.randn(4, 3, 8, 8).to(dtype)
+    s = torch.randn(4, 12).to(dtype)
+    want, want_gradient = loss_of(network, x.float(), s.float())
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss, gradient = loss_of(network, x, s)
+    assert loss.dtype == torch.float32
+    tolerance = 0.03 if autocast else 1e-5  # bfloat16 has 8 bits
+    assert loss.item() == pytest.approx(want.item(), rel=tolerance)
+    assert (gradient - want_gradient).norm() < 10 * tolerance * want_gradient.norm()
+
+
+def test_the_loss_does_not_depend_on_the_default_dtype(monkeypatch):
+    network = randomised(tiny_sit(memory_dim=12))
+    x = torch.randn(4, 3, 8, 8)
+    s = torch.randn(4, 12)
+    want, _ = loss_of(network, x, s)
+    torch.set_default_dtype(torch.float64)
+    try:
+        loss, _ = loss_of(network, x, s)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(want.item(), rel=1e-6)
+
+
+def test_without_targets_the_projector_has_a_gradient_of_zeros():  # DDP fails where one has none
+    network = randomised(tiny_sit(align_dim=7, align_depth=1)).train()
+    flow_loss(network, torch.randn(4, 3, 8, 8)).backward()
+    for parameter in network.projector.parameters():
+        assert parameter.grad.abs().max() == 0
 
 
 FRESH = {
@@ -955,7 +1165,7 @@ def test_no_snippet_is_better_than_that_of_another_image(losses_on_glyphs):
 # ---------------------------------------------------------------------------- official weights
 
 FAMILIES = {
-    "SiT": {"num_classes": 9, "learn_sigma": True},
+    "SiT": {"num_classes": 9, "learn_sigma": True, "hidden_size": 384, "num_heads": 6},
     "LightningDiT": {"num_classes": 9, "swiglu": True, "rmsnorm": True, "rope": True},
     "GMem": {
         "memory_dim": 768,
@@ -967,6 +1177,7 @@ FAMILIES = {
     },
     "XL, with norms of q and k": {
         "num_classes": 9,
+        "learn_sigma": True,
         "qk_norm": True,
         "hidden_size": 1152,
         "num_heads": 16,
@@ -976,7 +1187,7 @@ FAMILIES = {
 
 
 def family_network(family):
-    """A network of one of FAMILIES: four blocks, heads of 64 numbers."""
+    """A network of one of FAMILIES: four blocks, heads of 64 numbers (XL: of 72)."""
     return randomised(tiny_sit(**{"hidden_size": 128, "depth": 4, **FAMILIES[family]}))
 
 
@@ -1010,7 +1221,8 @@ def test_official_weights_are_known_by_their_names_and_shapes(family, form):
 
 
 def test_a_gmem_checkpoint_of_two_blocks_with_a_projector_is_loaded():
-    network = randomised(tiny_sit(hidden_size=128, memory_dim=12, align_dim=7, align_depth=2))
+    lightning = {"swiglu": True, "rmsnorm": True, "rope": True}
+    network = randomised(tiny_sit(**lightning, memory_dim=12, align_dim=7, align_depth=2))
     loaded = load_sit(network.state_dict())
     assert loaded.config.depth == 2
     assert loaded.config.align_depth == 2  # four, as in GMem, where there are as many blocks
@@ -1029,10 +1241,10 @@ def test_a_weight_of_another_shape_is_named_with_both_shapes(family):
     rows, width = weights["final_layer.linear.weight"].shape
     message = (
         r"^1 weights do not fit this SiT: final_layer.linear.weight "
-        rf"\(5, 128\), expected \({rows}, {width}\)$"
+        rf"\(5, 7\), expected \({rows}, {width}\)$"
     )
     with pytest.raises(InputError, match=message):
-        load_sit({**weights, "final_layer.linear.weight": torch.ones(5, 128)})
+        load_sit({**weights, "final_layer.linear.weight": torch.ones(5, 7)})
 
 
 def test_weights_that_are_missing_or_unknown_are_named():
@@ -1043,7 +1255,7 @@ def test_weights_that_are_missing_or_unknown_are_named():
         load_sit(weights)
     message = str(error.value)
     assert message.startswith("2 weights do not fit this SiT: ")
-    assert "blocks.3.attn.proj.bias missing, expected (128,)" in message
+    assert "blocks.3.attn.proj.bias missing, expected (384,)" in message
     assert "blocks.3.attn.proj.extra (2,), expected none" in message
 
 
@@ -1063,6 +1275,209 @@ def test_a_file_that_is_not_there_is_named_with_the_known_names(load, known):
 def test_weights_of_something_else_are_refused(load, kind):
     with pytest.raises(InputError, match=f"no {kind}"):
         load({"a": torch.ones(2)})
+
+
+def same_network(loaded, network):
+    """Whether both give the same velocities, with a snippet and without, and have one config."""
+    x, t, s, y = inputs_for(network)
+    with_snippet = torch.equal(loaded(x, t, s, y), network(x, t, s, y))
+    return with_snippet and torch.equal(loaded(x, t), network(x, t))
+
+
+SAVE_AND_LOAD = """
+torch.save({"config": vars(model.config), "model": model.state_dict()}, "sit.pt")
+model = load_sit("sit.pt")                        # in eval mode
+model = load_sit(ema.state_dict(), model.config)  # weights alone, also DDP's or AveragedModel's
+"""
+
+
+@pytest.mark.parametrize("lines", [2, 3])
+def test_the_lines_of_readme_save_and_load_a_network(lines):
+    network = randomised(tiny_sit(**EVERYTHING))
+    network.memory_mean.copy_(torch.randn(12))
+    names = {"torch": torch, "load_sit": load_sit, "model": network, "ema": AveragedModel(network)}
+    Path("use.py").write_text("\n".join(SAVE_AND_LOAD.strip().splitlines()[:lines]))
+    model = runpy.run_path("use.py", names)["model"]
+    assert model is not network
+    assert not model.training
+    assert same_network(model, network)
+
+
+def test_load_sit_takes_a_path_object_what_a_file_holds_and_a_config_as_fields():
+    network = randomised(tiny_sit(**EVERYTHING))
+    fields = vars(network.config)
+    torch.save({"config": fields, "ema": network.state_dict()}, "sit.pt")
+    assert same_network(load_sit(Path("sit.pt")), network)
+    assert same_network(load_sit(load("sit.pt")), network)
+    assert same_network(load_sit(network.state_dict(), fields), network)
+
+
+NOT_OFFICIAL = {  # settings -> why their weights alone do not tell the network
+    "tokens": ({"memory_dim": 12, "memory_tokens": True, "rope": True}, "token_projection.weight"),
+    "mean": ({"memory_dim": 12, "memory_center": True, "rope": True}, "memory_mean"),
+    "SiT-T": ({"hidden_size": 256, "num_heads": 8, "learn_sigma": True}, "hidden_size 256"),
+    "memory": (
+        {"hidden_size": 384, "num_heads": 6, "memory_dim": 12, "memory_scale": 9},
+        "neither",
+    ),
+    "predict_x": ({"hidden_size": 384, "num_heads": 6, "predict_x": True}, "neither"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_OFFICIAL)
+def test_weights_alone_that_do_not_tell_the_network_need_its_config(name):
+    settings, why = NOT_OFFICIAL[name]
+    network = randomised(tiny_sit(**settings))
+    weights = network.state_dict()
+    message = rf"these are no official weights \(.*{why}.*\): load_sit needs config"
+    refused(message, load_sit, weights, error=InputError)
+    assert same_network(load_sit(weights, network.config), network)
+
+
+def test_a_config_of_unknown_settings_is_refused():
+    refused("no SiT.*unexpected.*depths", load_sit, tiny_sit().state_dict(), {"depths": 3})
+
+
+# ---------------------------------------------------------------------------------- files and downloads
+
+
+def test_a_file_of_other_objects_is_not_called_damaged():
+    torch.save({"a": fractions.Fraction(1, 2)}, "other.pt")
+    with pytest.raises(InputError) as error:
+        load_sit("other.pt")
+    message = str(error.value)
+    assert message.startswith("other.pt holds an object that is neither weights nor numbers")
+    assert "Unsupported global: GLOBAL fractions.Fraction" in message
+    assert "damaged" not in message
+    assert "\n" not in message
+
+
+NOT_LOADED = {  # what a file holds -> what torch says about it
+    "empty": (b"", "EOFError"),
+    "text": (b"<!doctype html>" * 30, "Unsupported operand 60"),
+    "half": (None, "OSError|RuntimeError"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_LOADED)
+def test_a_damaged_file_is_named_with_the_reason_that_torch_gives(name):
+    content, reason = NOT_LOADED[name]
+    if content is None:
+        torch.save(torch.randn(5000), "whole.pt")
+        content = Path("whole.pt").read_bytes()[:9000]
+    Path("x.pt").write_bytes(content)
+    refused(rf"^x.pt is damaged, or not written by torch.save \(.*{reason}", load_sit, "x.pt")
+
+
+class WeightsServer(http.server.BaseHTTPRequestHandler):
+    """Serves the bytes in content; /half: half of them; /chunks: half of them, without a length."""
+
+    def do_GET(self):
+        self.paths.append(self.path)
+        sent = self.content if self.path == "/whole.pt" else self.content[: len(self.content) // 2]
+        if self.path == "/gone.pt":
+            self.send_error(404)
+            return
+        self.send_response(200)
+        if self.path == "/chunks.pt":
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.wfile.write(b"%x\r\n" % len(self.content) + sent)  # the connection ends here
+            return
+        self.send_header("Content-Length", str(len(self.content)))
+        self.end_headers()
+        time.sleep(0.1)  # others come meanwhile
+        self.wfile.write(sent)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A server on this machine of the weights of a DINOv2, and an empty cache -> address, handler,
+    network, cache."""
+    cache = Path("cache").absolute()
+    monkeypatch.setenv("TORCH_HOME", str(cache))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    network = randomised(DINOv2(64, 1, 2))
+    buffer = io.BytesIO()
+    torch.save(network.state_dict(), buffer)
+    handler = type("Handler", (WeightsServer,), {"content": buffer.getvalue(), "paths": []})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{running.server_port}"
+        yield argparse.Namespace(
+            address=address,
+            handler=handler,
+            network=network,
+            cached=cache / "hub/checkpoints/dino.pt",
+        )
+        running.shutdown()
+
+
+def load_from(server, monkeypatch, name):
+    """load_dinov2 of the file of this name on the server."""
+    monkeypatch.setitem(model_file.DINOV2, "dino", f"{server.address}/{name}")
+    return load_dinov2("dino")
+
+
+def files_in_cache(server):
+    """Names of the files in the cache, without lock files, which are empty."""
+    return [path.name for path in server.cached.parent.iterdir() if path.suffix != ".lock"]
+
+
+def test_weights_are_downloaded_once_and_checked(server, monkeypatch):
+    sha256 = hashlib.sha256(server.handler.content).hexdigest()
+    for _ in range(2):
+        loaded = load_from(server, monkeypatch, f"whole.pt#sha256={sha256}")
+    assert torch.equal(loaded.pos_embed, server.network.pos_embed)
+    assert server.handler.paths == ["/whole.pt"]
+    assert files_in_cache(server) == ["dino.pt"]
+
+
+BAD_DOWNLOADS = {  # name on the server -> the reason
+    "half.pt": "the connection was cut after",
+    "chunks.pt": "IncompleteRead",
+    "gone.pt": "HTTP Error 404: Not Found",
+    "whole.pt#sha256=00": "the SHA-256 is .*, expected 00",
+}
+
+
+@pytest.mark.parametrize("name", BAD_DOWNLOADS)
+def test_a_download_that_fails_leaves_no_file_and_names_url_file_and_reason(
+    server, monkeypatch, name
+):
+    url = f"{server.address}/{name.partition('#')[0]}"
+    message = rf"no download of {url} to {server.cached} \(.*{BAD_DOWNLOADS[name]}"
+    with pytest.raises(InputError, match=message) as error:
+        load_from(server, monkeypatch, name)
+    assert "\n" not in str(error.value)
+    assert files_in_cache(server) == []
+    load_from(server, monkeypatch, "whole.pt")  # now it works
+
+
+def test_a_server_that_does_not_answer_is_named_with_the_reason(server, monkeypatch):
+    server.address = "http://127.0.0.1:9"
+    refused("127.0.0.1:9/x.pt .*refused", load_from, server, monkeypatch, "x.pt", error=InputError)
+
+
+def test_a_damaged_file_in_the_cache_is_named_with_its_place_and_url(server, monkeypatch):
+    server.cached.parent.mkdir(parents=True)
+    server.cached.write_bytes(b"half of it")
+    message = f"{server.cached} is damaged.*; delete it, and it is downloaded again from http://127"
+    refused(message, load_from, server, monkeypatch, "whole.pt", error=InputError)
+
+
+def test_of_several_that_want_a_file_at_once_one_downloads_it(server):
+    url = f"{server.address}/whole.pt"
+    with ThreadPoolExecutor(
+        4
+    ) as pool:  # the lock is one between open files, so between threads too
+        done = [pool.submit(model_file.download, url, str(server.cached), "") for _ in range(4)]
+    assert [future.result() for future in done] == [None] * 4
+    assert server.handler.paths == ["/whole.pt"]
+    assert server.cached.read_bytes() == server.handler.content
 
 
 # ---------------------------------------------------------------------------------- autoencoder
@@ -1382,115 +1797,110 @@ def test_an_unknown_method_is_refused_with_the_known_ones(sampler):
         sampler(RecordedVelocity(factor=1), torch.zeros(1, 1), 4, method="huen")
 
 
+@pytest.mark.parametrize("sampler", [ode, sde])
+def test_a_sampler_keeps_no_graph(sampler):
+    network = randomised(tiny_sit())
+    z = torch.randn(2, 3, 8, 8, requires_grad=True)
+    assert not sampler(network, z, 2).requires_grad
+
+
+@pytest.mark.parametrize("sampler", [ode, sde])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_x_is_float32_between_the_steps(sampler, dtype):
+    seen = []
+
+    def v(x, t):
+        seen.append((x.dtype, t.dtype))
+        return x.to(dtype)
+
+    x = sampler(v, torch.randn(2, 3, 8, 8, dtype=dtype), 4)
+    assert {*seen, (x.dtype, x.dtype)} == {(torch.float32, torch.float32)}
+
+
+@pytest.mark.parametrize("sampler", [ode, sde])
+def test_samplers_and_guidance_refuse_a_network_in_training_mode(sampler):
+    network = tiny_sit(memory_dim=12, align_dim=7, align_depth=1).train()
+    z = torch.randn(2, 3, 8, 8)
+    message = "the network is in training mode: call its eval"
+    refused(message, sampler, network, z, 2)
+    refused(message, sampler, guided(network), z, 2)
+    refused(message, guided(AveragedModel(network)), z, torch.rand(2))
+
+
 class GuidedNetwork:
-    """Stands in for a network: gives label + sum of the snippet; keeps the sizes of its batches."""
+    """Stands in for a network: gives label + sum of the snippet, the null label being 5 and the
+    null snippet 0; counts its evaluations."""
 
     def __init__(self):
-        self.config = SiTConfig(**TINY, num_classes=5)
-        self.sizes = []
+        self.evaluations = 0
 
-    def __call__(self, x, t, s, y):
-        self.sizes.append(len(x))
-        return y.double()[:, None] + s.sum(dim=1, keepdim=True)
+    def __call__(self, x, t, s=None, y=None):
+        self.evaluations += 1
+        if s is None:
+            return torch.full_like(x, 5)
+        return x + y[:, None] + s.sum(dim=1, keepdim=True)
 
 
-def guided_velocity(t, cfg, interval):
-    """What guided gives at time t for labels 1 and 2 and snippets of sum 3: unguided 4 and 5, with
-    the null condition 5 and 5 -> velocities (2,), sizes of the batches that the network saw."""
+def guided_by_stub(cfg, interval):
+    """guided for labels 1 and 2 and snippets of sum 3: unguided 4 and 5, with the null condition 5
+    -> v(x, t), the network."""
     network = GuidedNetwork()
-    s = torch.ones(2, 3, dtype=torch.float64)
-    v = guided(network, s, torch.tensor([1, 2]), cfg, interval)
-    velocity = v(torch.zeros(2, 1), torch.full((2,), t))
-    return velocity.flatten().double(), network.sizes
+    return guided(network, torch.ones(2, 3), torch.tensor([1, 2]), cfg, interval), network
 
 
-@pytest.mark.parametrize("t", [0.29, 0.71])
-def test_outside_of_its_interval_guidance_neither_acts_nor_costs(t):
-    velocity, sizes = guided_velocity(t, cfg=2.5, interval=(0.3, 0.7))
-    assert velocity.tolist() == [4, 5]
-    assert sizes == [2]
+@pytest.mark.parametrize("t, guidance", [(0.29, 0), (0.3, 1), (0.5, 1), (0.7, 1), (0.71, 0)])
+def test_guidance_leads_away_from_the_null_condition_in_its_interval_alone(t, guidance):
+    v, _ = guided_by_stub(cfg=2.5, interval=(0.3, 0.7))  # the float32 nearest to 0.7 is less
+    want = [[4 + guidance * 1.5 * (4 - 5)], [5.0]]
+    assert torch.allclose(v(torch.zeros(2, 1), torch.full((2,), t)), torch.tensor(want))
 
 
-@pytest.mark.parametrize("t", [0.3, 0.5, 0.7])  # the float32 nearest to 0.7 is less, to 0.3 more
-def test_in_its_interval_guidance_leads_away_from_the_null_condition(t):
-    velocity, sizes = guided_velocity(t, cfg=2.5, interval=(0.3, 0.7))
-    null = 5
-    want = [null + 2.5 * (4 - null), null + 2.5 * (5 - null)]
-    assert torch.allclose(velocity, torch.tensor(want).double())
-    assert sizes == [4]
+def test_each_image_of_a_batch_is_guided_by_its_own_time():
+    v, _ = guided_by_stub(cfg=2.5, interval=(0.3, 0.7))
+    images = torch.zeros(2, 1)
+    together = v(images, torch.tensor([0.5, 0.9]))
+    assert torch.equal(together[0], v(images, torch.tensor([0.5, 0.5]))[0])
+    assert torch.equal(together[1], v(images, torch.tensor([0.9, 0.9]))[1])
 
 
-def test_guidance_by_1_costs_nothing():
-    velocity, sizes = guided_velocity(0.5, cfg=1.0, interval=(0.0, 1.0))
-    assert velocity.tolist() == [4, 5]
-    assert sizes == [2]
+@pytest.mark.parametrize("cfg, evaluations", [(2.5, 15), (1.0, 10)])
+def test_outside_of_its_interval_guidance_costs_no_second_evaluation(cfg, evaluations):
+    v, network = guided_by_stub(cfg, interval=(0.3, 0.7))
+    ode(v, torch.zeros(2, 1), 10, "euler")  # five of ten times are within
+    assert network.evaluations == evaluations
+
+
+def test_the_sampler_guides_within_the_interval():
+    v, _ = guided_by_stub(cfg=2.5, interval=(0.3, 0.7))
+    want = torch.zeros(2, 1)
+    for i in range(10):
+        want = want + 0.1 * v(want, torch.full((2,), i / 10))
+    assert torch.allclose(ode(v, torch.zeros(2, 1), 10, "euler"), want, atol=1e-5)
+
+
+def test_what_guided_gives_compiles_without_a_graph_break_once_inside_and_once_outside():
+    network = randomised(tiny_sit(memory_dim=12))
+    x, t, s, _ = inputs_for(network)
+    v = guided(network, s, cfg=2.5, interval=(0.3, 0.7))
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(v, fullgraph=True, backend=count)
+    assert torch.allclose(ode(compiled, x, 12), ode(v, x, 12), atol=1e-4)
+    assert len(graphs) == 2
+    assert torch.allclose(compiled(x, t), v(x, t), atol=1e-4)
+
+
+def test_guidance_has_the_dtype_of_the_network():
+    network = randomised(tiny_sit(memory_dim=12)).bfloat16()
+    x, t, s, _ = inputs_for(network)
+    assert guided(network, s, cfg=2.0)(x, t).dtype == torch.bfloat16
 
 
 # ---------------------------------------------------------------------------------- copied alone
-
-# ---------------------------------------------------------------------------------- the prior
-
-
-def random_prior():
-    """A small prior of two classes with random weights, a mean that is not 0, a std that is not 1."""
-    prior = randomised(SnippetPrior(3, num_classes=2, width=16, depth=2))
-    prior.mean.copy_(torch.tensor([5.0, -2.0, 0.5]))
-    prior.std.fill_(3.0)
-    return prior
-
-
-def heun_sample(prior, z, y, steps):
-    """c = mean + std x of Heun's method for dx = v dt from z; its last step is one of Euler."""
-    x = z
-    dt = 1 / steps
-    for i in range(steps):
-        t = torch.full((len(x),), i * dt)
-        v = prior(x, t, y)
-        if i < steps - 1:
-            v = (v + prior(x + dt * v, t + dt, y)) / 2
-        x = x + dt * v
-    return prior.mean + prior.std * x
-
-
-@torch.no_grad()
-def test_a_prior_samples_by_heun_and_undoes_its_standardisation():
-    prior = random_prior()
-    z = torch.randn(4, 3)
-    y = torch.tensor([0, 1, 2, 0])
-    torch.testing.assert_close(prior.sample(z, y, steps=7), heun_sample(prior, z, y, steps=7))
-
-
-@torch.no_grad()
-def test_the_loss_of_a_prior_is_the_error_of_the_velocity_of_standardised_coefficients():
-    prior = random_prior()
-    c = prior.mean + prior.std * torch.randn(4, 3)
-    z = torch.randn(4, 3)
-    t = torch.rand(4)
-    y = torch.tensor([0, 1, 2, 0])
-    x = (c - prior.mean) / prior.std
-    x_t = (1 - t[:, None]) * z + t[:, None] * x
-    want = (prior(x_t, t, y) - (x - z)).square().mean()
-    torch.testing.assert_close(prior.loss(c, z, t, y), want)
-
-
-@torch.no_grad()
-def test_no_label_is_the_null_label_of_a_prior():
-    prior = random_prior()
-    c = torch.randn(4, 3)
-    t = torch.rand(4)
-    null = torch.full((4,), 2)
-    assert torch.equal(prior(c, t), prior(c, t, null))
-    assert torch.equal(prior.sample(c), prior.sample(c, null))
-
-
-@torch.no_grad()
-def test_the_labels_of_a_prior_matter():
-    prior = random_prior()
-    z = torch.randn(4, 3)
-    samples = [prior.sample(z, torch.full((4,), label)) for label in range(3)]
-    for a, b in ((0, 1), (0, 2), (1, 2)):
-        assert (samples[a] - samples[b]).abs().max() > 0.01
-
 
 USE_OF_MODEL_ALONE = """
 import os
