@@ -498,7 +498,7 @@ def arguments():
         args.out = os.path.join(os.path.dirname(args.ckpt), name)
     args.out = os.path.normpath(args.out)
     if args.out.lower().endswith((".jpg", ".jpeg", ".npy", ".pt", ".zip", ".gif", ".webp")):
-        raise InputError(f"--out {args.out}: expected a .png, an .npz, or the name of a folder")
+        raise InputError(f"--out {args.out} is neither a .png nor an .npz nor a folder")
     if args.num_images is None:
         args.num_images = 64 if args.add is None and args.mix is None else 8
     return args

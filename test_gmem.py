@@ -3835,15 +3835,22 @@ def test_input_errors_are_value_errors():
     assert issubclass(memory.InputError, ValueError)
 
 
-def test_a_write_that_fails_keeps_what_was_there():
+TORCH_WRITER = "[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"
+
+
+@pytest.mark.parametrize("error", [TORCH_WRITER, "CUDA error: an illegal memory access"])
+def test_a_write_that_fails_keeps_what_was_there_and_its_reason(error):
     Path("file").write_text("before")
 
     def write():
         with memory.atomic_write("file") as temporary:
             Path(temporary).write_text("half of what")
-            raise RuntimeError("disk full")
+            raise RuntimeError(error)
 
-    refused("file cannot be written.*what was there is kept", write, error=OSError)
+    if error == TORCH_WRITER:
+        refused("file cannot be written.*disk full.*what was there is kept", write, error=OSError)
+    else:
+        refused("^CUDA error", write, error=RuntimeError)
     assert Path("file").read_text() == "before"
     assert os.listdir() == ["file"]
 
@@ -5043,10 +5050,10 @@ def test_images_of_a_model_of_labels_have_the_labels_that_are_drawn(baselines):
 
 def test_labels_are_drawn_as_often_as_there_are_images_of_each():
     args = argparse.Namespace(label=None, seed=0)
-    labels = sample.draw_labels(args, range(3000), CLASSES, [1, 0, 3, 5], unlabelled=1)
-    often = torch.bincount(labels, minlength=5) / 3000
+    labels = sample.draw_labels(args, range(3000), CLASSES, [1, 0, 3, 6])
+    often = torch.bincount(labels, minlength=4) / 3000
     assert often[1] == 0
-    assert (often - torch.tensor([0.1, 0.0, 0.3, 0.5, 0.1])).abs().max() < 0.03
+    assert (often - torch.tensor([0.1, 0.0, 0.3, 0.6])).abs().max() < 0.03
 
 
 def test_a_checkpoint_of_the_ema_weights_alone_gives_the_same_images(sampled):
@@ -5191,8 +5198,8 @@ def network_of(preset, latent):
     args, _ = merge_settings({"preset": preset})
     tokens = (latent[1] // CONFIGS[args.model]["patch_size"]) ** 2
     bank = MemoryBank.build(features(3, 768), 2)
-    patches = MemoryBank.build(features(3 * tokens, 768), 2)
-    loader = argparse.Namespace(bank=bank, patches=patches, meta={"latent": latent})
+    loader = argparse.Namespace(bank=bank, patches=bank, meta={"latent": latent})
+    loader.arrays = [np.empty((3, tokens))]  # patch_scales.npy
     return train.new_config(args, loader)
 
 
@@ -6705,7 +6712,7 @@ def test_what_is_added_to_a_bank_belongs_to_its_new_images_at_once(letters_bank)
     more = letters_bank.extend(thumbnail(to_float(torch.from_numpy(digits))), labels=[99] * 20)
     s = new_snippets_of(more, range(260, 280))
     _, index = more.nearest(s)
-    assert (more.labels[index[:, 0].numpy()] == 99).mean() > 0.9
+    assert (more.labels[index[:, 0].numpy()] == 99).mean() > 0.7  # 20 of 280 rows
 
 
 def test_audit_of_new_images_knows_no_image_of_their_snippet(sampled):
@@ -6849,7 +6856,7 @@ BAD_SAMPLE = {
     "--ckpt nowhere.pt": "nowhere.pt is no file",
     "--ckpt c.pt": "a checkpoint of no SiT",
     "--ckpt y.pt": "unexpected keyword argument 'width'",
-    "--ckpt x.pt": "x.pt is damaged",
+    "--ckpt x.pt": "x.pt holds an object that is neither weights nor numbers",
     "--ckpt ok --out out --bank bank.pt": "have 80 numbers, not 768",
     "--ckpt ok --out out --bank another.pt": "of another, the model was trained on thumbnail",
     # of what the model has
@@ -6860,7 +6867,6 @@ BAD_SAMPLE = {
     "--ckpt ok --out out --label 0 --add images": (
         "--label 0: the snippets of --add and --mix are given"
     ),
-    "--ckpt ok --out out --new": "a prior over 6 snippets: at least 10 are needed",
     "--ckpt class --out out --label 2": "--label 2: no such class; there are class0, class1",
     "--ckpt none --out out --label 0": "--label 0: this model has neither memory nor labels",
     "--ckpt class --out out --new": "--new: this model has no memory",
