@@ -22,6 +22,7 @@ what the commands share.
 import argparse
 import atexit
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -666,26 +667,27 @@ class MemoryBank:
 
 
 def to_rgb(image):
-    """PIL image -> RGB of 8 bits: upright, transparency on white, 16-bit grey scaled by 1 / 257.
+    """PIL image -> RGB, 8 bits: upright, transparency on white, 16-bit grey scaled by 1 / 257.
 
-    InputError: its brightness has no defined range (floats, 32-bit integers).
+    InputError: a mode in which black and white are not defined (floats, 32-bit integers).
     """
-    # 16-bit grey is mode I;16. Of PGM, and of PNG by older versions of Pillow, it is I.
-    is_grey_16 = image.mode.startswith("I;16")
+    # 16-bit grey is mode I;16, but I in a PGM, and in a PNG with Pillow 10.
+    is_16_bit = image.mode.startswith("I;16")
     if image.mode == "I" and image.format in ("PNG", "PPM"):
-        is_grey_16 = True
-    elif image.mode in ("I", "F"):
-        raise InputError(
-            f"mode {image.mode}, 32-bit numbers, has no defined black and white: "
-            "save the image with 8 or 16 bits"
-        )
-    bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # a TIFF may have 12 of the 16
+        is_16_bit = True
+    if image.mode in ("I", "F") and not is_16_bit:
+        kind = f"Pillow's mode {image.mode}, integers or floats in which black and white are not defined"
+        raise InputError(f"{kind}: save it with 8 or 16 bits")
+    bits = getattr(image, "tag_v2", {}).get(258, [16])[0]  # 12 in some TIFF files
     image = ImageOps.exif_transpose(image)
-    if is_grey_16:
+    if is_16_bit:
         grey = np.asarray(image).astype(np.float64)
         alpha = np.where(grey == image.info.get("transparency"), 0, 255)
         grey = np.rint(grey * 255 / (2**bits - 1))
         image = Image.fromarray(np.stack([grey, alpha], 2).astype(np.uint8))  # of mode LA
+    color = image.info.get("transparency")
+    if isinstance(color, tuple) and max(color) > 255:  # of 16-bit RGB, which Pillow reads as 8-bit
+        image.info["transparency"] = tuple(value >> 8 for value in color)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -745,46 +747,135 @@ def broken_images(files):
 
 
 def image_files(folder, skip=None):
-    """-> sorted paths of the images below a folder; which files are left out, in words, or "".
+    """-> sorted paths of all images below a folder; in words, what is left out for its ending.
 
-    Hidden files and folders are passed over, and so is the folder `skip`. Links are followed, but
-    not to what holds the folder itself; a real folder is walked once, however many links lead to it.
-    InputError: a folder cannot be listed.
+    What is hidden, and the folder `skip`, is passed over. Links are followed, but for those to what
+    holds the folder itself. A real folder is read once, however many links lead to it.
     """
-
-    def refuse(error):
-        raise InputError(f"the folder {error.filename} cannot be listed: {error.strerror}")
-
+    top = os.path.realpath(folder)
     done = set()
     if skip is not None:
         done.add(os.path.realpath(skip))
     files = []
-    roots = [folder]
-    for root in roots:  # links to folders are added to it: real folders come first
-        for place, folders, names in os.walk(root, onerror=refuse):
-            real_place = os.path.realpath(place)
-            holds_folder = os.path.realpath(folder).startswith(os.path.join(real_place, ""))
-            if real_place in done or holds_folder:
-                folders.clear()
+    places = [folder]
+    while places:
+        links = []  # they come after the real folders
+        for place in places:  # which grows
+            path = os.path.realpath(place)
+            if path in done or top.startswith(os.path.join(path, "")):
                 continue
-            done.add(real_place)
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            subfolders = [os.path.join(place, name) for name in folders]
-            roots += [path for path in subfolders if os.path.islink(path)]
-            files += [os.path.join(place, name) for name in names if not name.startswith(".")]
+            done.add(path)
+            visible = [entry for entry in os.scandir(place) if not entry.name.startswith(".")]
+            folders = [entry for entry in visible if entry.is_dir()]
+            links += [entry.path for entry in folders if entry.is_symlink()]
+            places += [entry.path for entry in folders if not entry.is_symlink()]
+            files += [entry.path for entry in visible if not entry.is_dir()]
+        places = sorted(links)
 
-    known = Image.registered_extensions()
-    images = [file for file in files if os.path.splitext(file)[1].lower() in known]
-    others = Counter(os.path.splitext(file)[1].lower() for file in set(files).difference(images))
-    counts = [f"{count:,} {ending or 'without'}" for ending, count in others.most_common(5)]
-    left_out = ""
-    if counts:
-        left_out = f"{others.total():,} files left out for their ending: {', '.join(counts)}"
-    return sorted(images), left_out
+    images = []
+    left_out = Counter()
+    for file in sorted(files):
+        ending = os.path.splitext(file)[1].lower()
+        if ending in Image.registered_extensions():
+            images.append(file)
+        else:
+            left_out[ending or "without"] += 1
+    counts = [f"{count:,} {ending}" for ending, count in left_out.most_common(5)]
+    return images, ", ".join(counts)
 
 
-def path_parts(path):
-    return path.split(os.sep)
+ImageSet = namedtuple("ImageSet", "path count read stats outputs")  # read(range) -> uint8 (H, W, 3)
+SUFFIXES = ("", "_s")  # of mu and sigma: pooled features, and those of sFID
+STANDARD = "inception-2015-12-05"  # statistics that do not say of what network they are
+EXPECTED = (
+    "expected a folder of images, an .npz of images (uint8 N, H, W, 3; arr_0 if there are several) "
+    "or of statistics (mu, sigma; no pickle), or an .npy of features (float N, D)"
+)
+POOL = ThreadPoolExecutor(8)  # decodes
+
+
+def open_set(path):
+    """-> ImageSet, of the kinds that the head of this file lists"""
+    with input_errors(path):
+        if os.path.isdir(path):
+            return open_folder(path)
+        with open(path, "rb") as file:
+            start = file.read(6)
+        if start == b"\x93NUMPY":
+            return open_npy(path)
+        if zipfile.is_zipfile(path):
+            return open_npz(path)
+        raise InputError(f"it begins with {start}; {EXPECTED}")
+
+
+def open_folder(path):
+    files, left_out = image_files(path)
+    if left_out:
+        print(f"{path}: files left out for their ending: {left_out}")
+    if len(files) < 4:
+        raise InputError(f"it holds {len(files)} images, expected 4 or more")
+
+    def read(rows):
+        return list(POOL.map(decode, files[rows.start : rows.stop]))
+
+    return ImageSet(path, len(files), read, {}, [])
+
+
+def decode(path):
+    with input_errors(path), Image.open(path) as image:
+        return np.array(to_rgb(image))
+
+
+def open_npy(path):
+    features = np.load(path, mmap_mode="r")
+    if features.ndim != 2 or features.dtype.kind != "f" or len(features) < 4:
+        raise InputError(f"it is {features.dtype} {features.shape}, N > 3; {EXPECTED}")
+    features = torch.from_numpy(features.astype(np.promote_types(features.dtype, np.float32)))
+    if not features.isfinite().all():
+        raise InputError("it holds numbers that are not finite")
+    return ImageSet(path, 0, None, {"n": len(features), "weights": "features"}, [features])
+
+
+def open_npz(path):
+    archive = np.lib.npyio.NpzFile(path)
+    if not all(part.endswith(".npy") for part in archive.zip.namelist()):
+        raise InputError(f"it is an archive of other files: unpack it; {EXPECTED}")
+    stats = {}
+    if "mu" in archive.files:
+        names = ("mu", "sigma", "mu_s", "sigma_s", "n")
+        stats = {name: archive[name] for name in names if name in archive.files}
+        check_statistics(stats["mu"], stats["sigma"])
+        if "mu_s" in stats:
+            check_statistics(stats["mu_s"], stats["sigma_s"])
+        if "n" in stats:
+            stats["n"] = int(stats["n"])
+        stats["weights"] = str(archive.get("weights", STANDARD))
+
+    given = []
+    images = {}
+    for name in archive.files:
+        with archive.zip.open(name + ".npy") as stream:
+            np.lib.format.read_magic(stream)
+            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+            given.append(f"{name} {dtype} {shape}")
+            if dtype == np.uint8 and shape[3:] == (3,) and shape[0] > 3 and not fortran_order:
+                images[name] = (shape, stream.tell())
+    if not images and "mu" in stats:
+        return ImageSet(path, 0, None, stats, [])
+    if len(images) != 1 and "arr_0" not in images:
+        raise InputError(f"it holds {', '.join(given)[:150]}; {EXPECTED}")
+    name = "arr_0" if "arr_0" in images else next(iter(images))
+    shape, start = images[name]
+    size = int(np.prod(shape[1:]))
+    stream = archive.zip.open(name + ".npy")  # the images are never all in memory
+
+    def read(rows):
+        with input_errors(path):
+            stream.seek(start + rows.start * size)
+            data = stream.read(len(rows) * size)
+            return np.frombuffer(data, np.uint8).reshape(len(rows), *shape[1:])
+
+    return ImageSet(path, shape[0], read, stats, [])
 
 
 def read_folder(src, skip_bad=False, out=None):
@@ -804,7 +895,8 @@ def read_folder(src, skip_bad=False, out=None):
         note(message)
 
     # in the order of torchvision's ImageFolder: class by class
-    files = sorted((file for file in files if file not in broken), key=path_parts)
+    files = [file for file in files if file not in broken]
+    files.sort(key=lambda path: path.split(os.sep)[:-1])
     folders = [os.path.dirname(os.path.relpath(file, src)).split(os.sep)[0] for file in files]
     classes = sorted(set(folders) - {""})
     if classes and "" in folders:
@@ -871,6 +963,9 @@ class Images:
         elif src.endswith((".npy", ".npz")):
             self.array, labels, self.classes = read_array(src)
         else:
+            fault = fault_of(src)
+            if fault:
+                raise InputError(f"{fault}; expected a folder of images, an image, .npy or .npz")
             self.files, labels, self.classes = [src], [-1], []
         self.labels = np.tile(labels, 1 + flip).astype(np.int64)
         self[0]  # errors come now
@@ -1392,14 +1487,14 @@ def prepare_anew(src, out, device, settings, made_of):
         "mean": stats[0],  # the network sees (latent - mean) / std
         "std": stats[1],
     }
-    save_prepared(out, meta, images, features, device)
+    save_prepared(out, meta, images, features, patch_bank, device)
     del features  # a map of a file that is removed
     blocks.remove()
     return read_json(os.path.join(out, "meta.json"))
 
 
-def save_prepared(out, meta, images, features, device):
-    """The bank, labels.npy, files.txt, and last meta.json, which says that the folder is whole."""
+def save_prepared(out, meta, images, features, patch_bank, device):
+    """The banks, labels.npy, files.txt, and last meta.json, which says that the folder is whole."""
     settings = meta["settings"]
     bank = MemoryBank.build(
         features,
@@ -1412,25 +1507,22 @@ def save_prepared(out, meta, images, features, device):
     )
     if bank is not None:
         bank.save(os.path.join(out, "bank.pt"), overwrite=True)
-        meta["bank"] = bank.id
-        if settings["patches"]:
-            os.replace(os.path.join(out, "parts", "patches.pt"), os.path.join(out, "patches.pt"))
+        if patch_bank is not None:
+            patch_bank.save(os.path.join(out, "patches.pt"), overwrite=True)
         labels = os.path.join(out, "labels.npy")
         with atomic_write(labels) as temporary, open(temporary, "wb") as file:
             np.save(file, images.labels)
         if images.files is not None:
-            order = os.path.join(out, "files.txt")
-            top = (
-                settings["source"]
-                if os.path.isdir(settings["source"])
-                else os.path.dirname(settings["source"])
-            )
-            with atomic_write(order) as temporary, open(temporary, "wb") as file:
-                file.writelines(
-                    os.fsencode(os.path.relpath(name, top)) + b"\n" for name in images.files
-                )
-        write_json(os.path.join(out, "meta.json"), meta)
+            write_order(os.path.join(out, "files.txt"), images.files, settings["source"])
+        write_json(os.path.join(out, "meta.json"), {**meta, "bank": bank.id})
     barrier()
+
+
+def write_order(path, files, source):
+    """files.txt: a line for each image, its path within the source, in the order of the rows"""
+    top = source if os.path.isdir(source) else os.path.dirname(source)
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        file.writelines(os.fsencode(os.path.relpath(name, top) + "\n") for name in files)
 
 
 # -------------------------------------------------------------------------- what the commands share
@@ -1440,13 +1532,6 @@ def note(text):
     """Prints a line, in one process of all."""
     if rank_world()[0] == 0:
         print(text)
-
-
-def full_path(name):
-    """The absolute path of a file; other values stay what they are."""
-    if isinstance(name, str) and os.path.isfile(name):
-        return os.path.abspath(name)
-    return name
 
 
 def differences(was, now):
@@ -1519,9 +1604,30 @@ def one_line_warning(message, *place):
     return f"{os.path.basename(sys.argv[0])}: warning: {message}\n"
 
 
+class SafeFile(io.FileIO):
+    """A file whose reader may have gone, as that of a pipe: this ends no run."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def safe_output(stream):
+    """Standard output or error -> the same, which also takes characters that it cannot show"""
+    if stream is None:  # it was closed
+        return open(os.devnull, "w")
+    file = io.BufferedWriter(SafeFile(stream.fileno(), "w", closefd=False))
+    return io.TextIOWrapper(file, stream.encoding, "backslashreplace", line_buffering=True)
+
+
 def cli(main):
     """Runs main(); bad input ends as one line on stderr and exit code 2. Others: a traceback."""
     warnings.formatwarning = one_line_warning
+    if sys.stdout is sys.__stdout__:
+        sys.stdout = safe_output(sys.stdout)
+        sys.stderr = safe_output(sys.stderr)
     try:
         main()
         # left to the interpreter's end, gloo's threads may abort the process
@@ -1766,17 +1872,21 @@ DATA_SETTINGS = {
     "encoder": (
         "thumbnail",
         str,
-        "thumbnail, dinov2_vits14, _vitb14, _vitl14, or a file of a DINOv2",
+        "thumbnail, dinov2_vits14, dinov2_vitb14, dinov2_vitl14, or a file of a DINOv2",
     ),
-    "rank": (RANK, rank_or_full, "of the bank: directions kept, or full"),
-    "flip": (False, bool, "as many entries more, of the mirrored images"),
+    "rank": (RANK, rank_or_full, "directions that the bank keeps, or full"),
+    "flip": (False, bool, "add the mirrored images, as many entries more"),
     "skip_bad": (False, bool, "leave out files that cannot be read as images"),
-    "max_pixels": (None, number(1), "largest image that is read (default: Pillow's limit)"),
+    "max_pixels": (
+        None,
+        number(1),
+        "allow images of up to twice this many pixels (Pillow's limit)",
+    ),
 }
 BANK_SETTINGS = {
     "features": (None, str, ".npy or .pt (N, D), encoded elsewhere; without --data OUT is a bank"),
-    "dtype": ("int8", DTYPES, "of the bank's coefficients"),
-    "patches": (False, bool, "a bank of the patch tokens too, for train.py --align"),
+    "dtype": ("int8", DTYPES, "dtype of the bank's coefficients"),
+    "patches": (False, bool, "keep the patch tokens too, for train.py --align"),
 }
 
 
@@ -1801,9 +1911,10 @@ def main():
         bank_file = os.path.join(args.out, "bank.pt")
     else:
         features = load_features(args.features)
-        bank = MemoryBank.build(features, args.rank, args.dtype, distributed=True)
-        if bank is not None:
-            bank.save(args.out)
+        with one_writer(args.out):
+            bank = MemoryBank.build(features, args.rank, args.dtype, distributed=True)
+            if bank is not None:
+                bank.save(args.out)
     if rank_world()[0] == 0:
         print(f"{args.out}: {MemoryBank.load(bank_file)}")
 

@@ -87,7 +87,6 @@ def streams(which, seed, ids):
     return [torch.Generator().manual_seed(mixed_seed(which, seed, i)) for i in ids]
 
 
-@torch.no_grad()
 def generate(
     model,
     ids,
@@ -126,15 +125,11 @@ def generate(
         s = s.to(device)
     if y is not None:
         y = y.to(device)
-    velocity = guided(model, s, y, cfg, cfg_interval)
-
-    def v(x, t):
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-            return velocity(x, t).float()
-
-    if method.startswith("sde-"):
-        return sde(v, noise(), steps, method.removeprefix("sde-"), noise)
-    return ode(v, noise(), steps, method, shift)
+    v = guided(model, s, y, cfg, cfg_interval)
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        if method.startswith("sde-"):
+            return sde(v, noise(), steps, method.removeprefix("sde-"), noise)
+        return ode(v, noise(), steps, method, shift)
 
 
 def decode(x, meta, tokenizer, dtype="float32"):

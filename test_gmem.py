@@ -9,6 +9,7 @@ import errno
 import fractions
 import hashlib
 import http.server
+import inspect
 import io
 import json
 import math
@@ -3257,6 +3258,66 @@ def test_a_batch_of_images_is_in_the_order_of_its_rows():
         assert (image.numpy() == images[row]).all()
 
 
+def test_one_rule_reads_an_image_in_memory_py_and_in_fid_py():
+    for name in ("to_rgb", "image_files"):
+        assert inspect.getsource(getattr(memory, name)) == inspect.getsource(getattr(fid, name))
+
+
+def test_images_without_a_defined_brightness_are_refused_by_name():
+    os.mkdir("images")
+    red().save("images/a.png")
+    Image.fromarray(np.random.rand(8, 8).astype(np.float32)).save("images/float.tiff")
+    message = "do not decode: float.tiff; .*no defined black and white"
+    refused(message, Images, "images", 4, error=memory.InputError)
+
+
+def test_a_link_to_the_folder_itself_adds_no_images_and_what_is_left_out_is_said(capsys):
+    folder_of_images("images", 6)
+    os.symlink("..", "images/class0/up", target_is_directory=True)
+    Path("images/class1/photo.heic").write_bytes(b"")
+    assert len(Images("images", 8)) == 6
+    assert "1 files left out for their ending: 1 .heic" in capsys.readouterr().out
+
+
+def test_files_are_in_the_order_of_image_folder():
+    for name in ("a/2.png", "a/1.png", "a-b/0.png"):
+        os.makedirs(f"images/{os.path.dirname(name)}", exist_ok=True)
+        red().save(f"images/{name}")
+    images = Images("images", 4)
+    names = [os.path.relpath(file, "images") for file in images.files]
+    assert names == ["a/1.png", "a/2.png", "a-b/0.png"]  # class by class, not path by path
+    assert images.labels.tolist() == [0, 0, 1]
+
+
+def test_sets_of_a_data_set_that_became_classes_are_said(capsys):
+    for name in ("train", "val"):
+        os.makedirs(f"images/{name}")
+        red().save(f"images/{name}/0.png")
+    Images("images", 4)
+    assert "images: the classes are train, val; for one of these sets give its" in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_folder_called_glyphs_is_not_taken_for_the_data_set_and_that_is_said(capsys):
+    os.mkdir("glyphs")
+    red().save("glyphs/0.png")
+    assert len(Images("./glyphs", 4)) == 1
+    assert len(Images("glyphs:ab", 16)) == 10400
+    assert capsys.readouterr().out == ""
+    assert len(Images("glyphs", 16)) == 10400
+    assert "glyphs is the embedded data set here; ./glyphs" in capsys.readouterr().out
+
+
+def test_an_image_beyond_the_limit_of_pillow_is_refused_with_the_way_to_allow_it(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    Image.new("RGB", (40, 40)).save("large.png")
+    message = "large.png .*1600 pixels.*--max-pixels N"
+    refused(message, Images, "large.png", 8, error=memory.InputError)
+    prepare("large.png", "data", image_size=8, max_pixels=800)
+    assert np.load("data/latents.npy").shape == (1, 3, 8, 8)
+
+
 def test_bad_files_are_left_out_where_that_is_asked_for(capsys):
     folder_of_images("images", 6)
     Path("images/class0/x.png").write_bytes(b"no")
@@ -3704,6 +3765,31 @@ def test_an_official_file_gives_the_images_of_the_same_weights_in_a_checkpoint(a
     assert a.std() > 5  # they show something
 
 
+MODES = {  # of sample.py -> the number of images
+    "": 3,
+    "--new": 3,
+    "--add {images}/class0/000.png": 4,
+    "--mix 1 {images}/class0/000.png": 3,
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_of_sample_py_works_on_latents_of_an_autoencoder(aligned, mode):
+    folder = aligned.folder
+    flags = mode.format(images=folder / "images")
+    ask = f"--ckpt {folder}/o --num-images 3 --steps 1 --device cpu"
+    run(f"sample.py {ask} {flags} --out a.npz")
+    assert images_of("a.npz").shape == (MODES[mode], 32, 32, 3)
+
+
+def test_audit_works_on_latents_of_an_autoencoder(aligned):
+    folder = aligned.folder
+    ask = f"--ckpt {folder}/o --num-images 3 --steps 1 --device cpu --out a.png"
+    text = run(f"sample.py {ask} --audit {folder}/images")
+    assert len(medians(text)) == 4
+    assert Image.open("a.png").size == (3 * 64, 3 * 64)
+
+
 # ---------------------------------------------------------------------------- errors
 
 # the flags of memory.py -> what the message holds
@@ -3720,6 +3806,7 @@ BAD_MEMORY = {
     "--out out --data images": "class0/x.png, class1/cut.png, class1/none.jpg; --skip-bad",
     "--out out --data ids.npz": "the largest label is 123456789 for 4 images",
     "--out out --data nowhere": "nowhere does not exist",
+    "--out out --data images.zip": "expected a folder of images, an image, .npy or .npz",
     "--out out --data empty": "no images in the folder empty",
     "--out out --data f.npy": "float32 (4, 8, 8, 3); expected are images, uint8",
     "--out out --data other.npz": "holds x; images are expected under arr_0",
@@ -3747,6 +3834,7 @@ def bad_files():
     Path("images/class1/none.jpg").write_bytes(b"")
     Path("1.png").write_bytes(whole)
     Path("t.npy").write_bytes(b"a")
+    Path("images.zip").write_bytes(b"PK")
     Path("t.npz").write_bytes(b"")
     np.save("f.npy", np.zeros((4, 8, 8, 3), np.float32))
     np.save("nan.npy", np.full((99, 80), np.nan, np.float32))
@@ -3786,6 +3874,28 @@ def test_the_command_lowers_a_rank_above_the_rows_and_says_so():
     assert code == 0
     assert err == "memory.py: warning: rank 71 lowered to 70: 70 snippets of 80 numbers\n"
     assert MemoryBank.load("bank.pt").rank == 70
+
+
+@pytest.mark.parametrize("redirect", ["2>&1 | true", ">&- 2>&-", "> /dev/full 2>&1"])
+def test_printing_does_not_end_a_preparation(redirect):
+    folder_of_images("images", 6)
+    command = f"{sys.executable} {HERE}/memory.py --data images --image-size 16 --out data"
+    subprocess.run(["bash", "-o", "pipefail", "-c", f"{command} {redirect}"], check=True)
+    assert os.path.exists("data/meta.json")
+
+
+@pytest.mark.parametrize(
+    "command", ["--data images --image-size 16 --out data", "--features g.npy --out bank.pt"]
+)
+def test_two_commands_do_not_write_to_one_output(command):
+    folder_of_images("images", 6)
+    np.save("g.npy", features(70, 80))
+    out = command.split()[-1]
+    with memory.one_writer(out):
+        _, _, err = run_apart(f"memory.py {command}")
+        assert f"is writing to {out}: wait, or name another --out" in err
+    assert not os.path.exists(out)
+    run(f"memory.py {command}")
 
 
 def test_a_value_error_of_numpy_keeps_its_traceback():
