@@ -316,7 +316,7 @@ class SiT(nn.Module):
     def forward(self, x, t, s=None, y=None):
         """-> velocity (B, C, H, W); in training with align_dim, also tokens (B, T, align_dim).
 
-        x  (B, C, H, W), like t and s of any float type: the weights' (or autocast's) is computed in
+        x  (B, C, H, W); x, t, s of any float type; computed in that of the weights, or autocast's
         t  (B,) in [0, 1]
         s  (B, D) unit-norm snippets; None: the null snippet, zeros; ignored without memory
         y  (B,) labels; None or negative: the null label, index num_classes; ignored without labels
@@ -416,9 +416,9 @@ def start(v, z, method):
 def at_time(v, x, t):
     """v(x, t) in the dtype of x, for a t that is one number for all of the batch."""
     times = x.new_full((x.shape[0],), t)
-    if not hasattr(v, "interval"):
+    if not hasattr(v, "guidance_interval"):
         return v(x, times).to(x.dtype)
-    low, high = v.interval  # of guided
+    low, high = v.guidance_interval
     return v(x, times, outside=not low <= t <= high).to(x.dtype)
 
 
@@ -478,8 +478,8 @@ def guided(model, s=None, y=None, cfg=1.0, interval=(0.0, 1.0)):
     model     SiT, or what wraps it (DDP, FSDP, torch.compile, AveragedModel), in eval mode
     cfg       guidance scale, on all channels; 1: no guidance
     interval  LO, HI: guidance only while LO <= t <= HI
-    v costs two evaluations, as it does not wait for a GPU to know t; outside of the interval ode
-    and sde tell it so, and one is enough.
+    v costs two evaluations, as it does not wait for a GPU to know t. ode and sde know t, and tell
+    v where it is outside of the interval: that costs one. v returns the dtype of the model.
     """
     low = interval[0] - 1e-6  # t is float32
     high = interval[1] + 1e-6
@@ -493,7 +493,7 @@ def guided(model, s=None, y=None, cfg=1.0, interval=(0.0, 1.0)):
         within = ((low <= t) & (t <= high)).view(-1, *[1] * (x.ndim - 1))
         return torch.where(within, torch.lerp(v_null, v_s, cfg), v_s)
 
-    v.interval = (low, high)
+    v.guidance_interval = (low, high)  # see at_time
     return v
 
 
@@ -681,11 +681,10 @@ def official_config(weights):
 def load_sit(source, config=None):
     """-> SiT of the EMA weights, in eval mode.
 
-    source  path of a file, what torch.load gives for it, or a state dict. It is of this code where
-            it is {"config": vars(model.config), "model": model.state_dict()}; without "config", of
-            the official SiT, LightningDiT or GMem
-    config  SiTConfig, or its fields: needed with other weights alone (predict_x, memory_scale and
-            the like cannot be seen in them)
+    source  path of a file, what torch.load gives for it, or a state dict: this code's where it is
+            {"config": vars(model.config), "model": model.state_dict()}; official without "config"
+    config  SiTConfig, or its fields: needed with a state dict alone, if it is not official (it
+            does not tell predict_x, memory_scale and the like)
     InputError where keys or shapes do not fit, or where config is needed.
     """
     content = load_file(source)
