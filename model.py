@@ -405,9 +405,11 @@ def check_eval(model):
         raise InputError("the network is in training mode: call its eval() before sampling")
 
 
-def start(v, z, method):
+def start(v, z, steps, method):
     """The noise z in float32, or float64, after a look at the arguments of a sampler."""
     check_eval(v)
+    if steps < 1:
+        raise InputError(f"{steps} steps: expected 1 or more")
     if method not in ("euler", "heun"):
         raise InputError(f"unknown method {method}; known: euler, heun")
     return z.to(torch.promote_types(z.dtype, torch.float32))
@@ -432,7 +434,7 @@ def ode(v, z, steps, method="heun", shift=0.0):
     shift   s > 0 maps the times by t -> s t / (1 + (s-1) t); s < 1 puts more steps near the noise
     No graph is kept. x is float32 (float64 where z is) between the steps, also under autocast.
     """
-    x = start(v, z, method)
+    x = start(v, z, steps, method)
     times = [i / steps for i in range(steps + 1)]
     if shift > 0:
         times = [shift * t / (1 + (shift - 1) * t) for t in times]
@@ -453,7 +455,7 @@ def sde(v, z, steps, method="heun", noise=torch.randn_like, diffusion=1.0, last_
     last_step  the size of the last step, which has no noise ("mean")
     The defaults are the official GMem's, whose num_steps are points: one more than these steps.
     """
-    x = start(v, z, method)
+    x = start(v, z, steps, method)
 
     def drift(x, t):
         velocity = at_time(v, x, t)

@@ -5208,6 +5208,11 @@ def test_every_option_of_generate_matters(option):
     assert not torch.allclose(tiny_latents(), tiny_latents(**option), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("sampler", [ode, sde])
+def test_a_sampler_without_a_step_is_refused(sampler):
+    refused("0 steps: expected 1 or more", sampler, lambda x, t: x, torch.zeros(1, 2), 0)
+
+
 def test_guidance_outside_of_all_times_is_none():
     assert torch.equal(tiny_latents(), tiny_latents(cfg=3.0, cfg_interval=(1.5, 2.0)))
 
