@@ -788,7 +788,7 @@ def read_folder(src, skip_bad=False, out=None):
     """-> paths of images, labels (list; -1: none), classes (the sub-folders); out: passed over"""
     files, left_out = image_files(src, out)
     if left_out:
-        note(f"{src}: {left_out}")
+        note(f"{src}: files left out for their ending: {left_out}")
     if not files:
         raise InputError(f"no images in the folder {src}; expected are files such as .png or .jpg")
     broken = broken_images(files)
@@ -1536,10 +1536,8 @@ def cli(main):
         sys.stderr = safe_output(sys.stderr)
     try:
         main()
-        # left to the interpreter's end, gloo's threads may abort the process
-        if dist.is_initialized():
-            barrier()
-            dist.destroy_process_group()
+        barrier()
+        leave_group()
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except (ValueError, OSError) as e:
@@ -1548,6 +1546,7 @@ def cli(main):
             raise
         text = " ".join(str(e).split())
         print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr)
+        leave_group()
         sys.exit(2)
 
 
@@ -1685,6 +1684,12 @@ def barrier():
         dist.barrier(patient_group())
 
 
+def leave_group():
+    """Left to the interpreter's end, gloo's threads may abort the process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def on_first_process(f, *args):
     """f(*args) on process 0 -> its result there, None on the others, which wait for it, up to a day.
     Where it raises, process 0 raises the error and the others end silently, with exit code 2."""
@@ -1701,6 +1706,7 @@ def on_first_process(f, *args):
     if error is not None:
         raise error
     if failed > 0:
+        leave_group()
         sys.exit(2)
     return result
 

@@ -3090,6 +3090,55 @@ def test_the_command_makes_a_bank_of_features_when_memory_py_is_copied_alone():
     assert (cosine(MemoryBank.load("bank.pt")[:], f) > 0.999).all()
 
 
+# ---------------------------------------------------------------------------- README
+
+BEFORE_README = """
+import numpy as np
+import torch
+
+torch.manual_seed(0)
+features = torch.randn(200, 32)
+new_features = torch.randn(20, 32)
+x = torch.rand(200, 3, 16, 16) * 2 - 1
+steps = 3
+"""
+AFTER_README = """
+assert images.shape == (8, 3, 16, 16)
+assert images.isfinite().all()
+assert (s.norm(dim=1) - 1).abs().max() < 1e-5
+assert index[:, 0].tolist() == list(range(8))
+assert len(larger) == 220
+"""
+
+
+def test_the_code_that_readme_shows_runs():
+    readme = Path(HERE, "README.md").read_text()
+    block = readme.partition("```python\n")[2].partition("```")[0]
+    Path("use.py").write_text(BEFORE_README + block + AFTER_README)
+    environment = {**os.environ, "PYTHONPATH": HERE}
+    done = subprocess.run(
+        [sys.executable, "use.py"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    distance, kid = map(float, done.stdout.split())
+    assert distance > 0
+    assert abs(kid) < 1
+
+
+def test_readme_is_as_long_as_it_may_be_and_says_where_the_cores_end():
+    readme = Path(HERE, "README.md").read_text()
+    assert len(readme) <= 14_000
+    assert max(map(len, readme.splitlines())) <= 100
+    for name in ("model.py", "memory.py", "train.py", "sample.py", "fid.py"):
+        lines = Path(HERE, name).read_text().splitlines()
+        (ruler,) = [i for i, line in enumerate(lines, 1) if line.startswith("# ====")]
+        (row,) = [line for line in readme.splitlines() if line.startswith(f"| `{name}` |")]
+        assert f"({ruler})" in row
+
+
+# ---------------------------------------------------------------------------- beside another model.py
+
+
 @pytest.mark.parametrize("other", [None, "def train():\n    pass\n"], ids=["none", "another"])
 def test_a_network_without_gmems_model_py_beside_memory_py_is_one_line(other):
     shutil.copy(os.path.join(HERE, "memory.py"), "bank.py")  # under another name, too
@@ -3267,7 +3316,7 @@ def test_images_without_a_defined_brightness_are_refused_by_name():
     os.mkdir("images")
     red().save("images/a.png")
     Image.fromarray(np.random.rand(8, 8).astype(np.float32)).save("images/float.tiff")
-    message = "do not decode: float.tiff; .*no defined black and white"
+    message = "do not decode: float.tiff; .*black and white are not defined"
     refused(message, Images, "images", 4, error=memory.InputError)
 
 
@@ -3276,7 +3325,7 @@ def test_a_link_to_the_folder_itself_adds_no_images_and_what_is_left_out_is_said
     os.symlink("..", "images/class0/up", target_is_directory=True)
     Path("images/class1/photo.heic").write_bytes(b"")
     assert len(Images("images", 8)) == 6
-    assert "1 files left out for their ending: 1 .heic" in capsys.readouterr().out
+    assert "images: files left out for their ending: 1 .heic" in capsys.readouterr().out
 
 
 def test_files_are_in_the_order_of_image_folder():
@@ -3765,7 +3814,7 @@ def test_an_official_file_gives_the_images_of_the_same_weights_in_a_checkpoint(a
     assert a.std() > 5  # they show something
 
 
-MODES = {  # of sample.py -> the number of images
+SAMPLE_MODES = {  # of sample.py -> the number of images
     "": 3,
     "--new": 3,
     "--add {images}/class0/000.png": 4,
@@ -3773,13 +3822,13 @@ MODES = {  # of sample.py -> the number of images
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", SAMPLE_MODES)
 def test_every_mode_of_sample_py_works_on_latents_of_an_autoencoder(aligned, mode):
     folder = aligned.folder
     flags = mode.format(images=folder / "images")
     ask = f"--ckpt {folder}/o --num-images 3 --steps 1 --device cpu"
     run(f"sample.py {ask} {flags} --out a.npz")
-    assert images_of("a.npz").shape == (MODES[mode], 32, 32, 3)
+    assert images_of("a.npz").shape == (SAMPLE_MODES[mode], 32, 32, 3)
 
 
 def test_audit_works_on_latents_of_an_autoencoder(aligned):
