@@ -144,6 +144,15 @@ def pack(c, dtype):
     return c.numpy().astype(dtype), scale.numpy()
 
 
+def check_norms(norm, first_row=0):
+    """InputError where a feature's norm is 0, infinite or NaN; norm (b, 1): of rows from first_row"""
+    unusable = (~norm.isfinite() | (norm == 0)).flatten().nonzero().flatten()
+    if len(unusable) > 0:
+        numbers = ", ".join(str(first_row + int(row)) for row in unusable[:5])
+        more = "" if len(unusable) <= 5 else f" and {len(unusable) - 5} more"
+        raise InputError(f"features of row {numbers}{more} hold NaN, infinity, or zeros alone")
+
+
 def read_block(features, rows):
     """Rows of features, an array or a tensor of any float type -> tensor (b, D)"""
     block = features[rows.start : rows.stop]
@@ -160,11 +169,7 @@ def snippet_blocks(features, row_range, device, what):
         rows = row_range[i : i + BLOCK]
         block = read_block(features, rows).to(device).float()
         norm = block.norm(dim=1, keepdim=True)
-        unusable = (~norm.isfinite() | (norm == 0)).flatten().nonzero().flatten()
-        if len(unusable) > 0:
-            numbers = ", ".join(str(rows.start + int(row)) for row in unusable[:5])
-            more = "" if len(unusable) <= 5 else f" and {len(unusable) - 5} more"
-            raise InputError(f"features of row {numbers}{more} hold NaN, infinity, or zeros alone")
+        check_norms(norm, rows.start)
         yield rows, block / norm
 
 
@@ -626,8 +631,10 @@ class MemoryBank:
 
         limit   how many new directions at most; None: all beyond rounding
         labels  (B,) of the new rows
+        InputError where features hold zeros alone, NaN or infinity.
         """
         s = unit_norm(features).cpu().double().reshape(-1, self.dim)
+        check_norms(s.norm(dim=1))
         mean, basis = (part.double() for part in self.tensors_on(torch.device("cpu")))
         c, rest = split_by(s, mean, basis)
         _, size, new = torch.linalg.svd(rest, full_matrices=False)
@@ -1156,20 +1163,24 @@ class Blocks:
             shutil.rmtree(self.folder)
 
 
+def space_of(arrays):
+    """-> bytes that these arrays, name -> (shape, dtype), take; the same in words"""
+    sizes = {}
+    for name, (shape, dtype) in arrays.items():
+        sizes[os.path.basename(name)] = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    words = ", ".join(f"{name} {size / 1e9:,.3f}" for name, size in sizes.items())
+    return sum(sizes.values()), f"{sum(sizes.values()) / 1e9:,.3f} GB of disk ({words})"
+
+
 def reserve(folder, arrays):
     """Makes .npy files, name -> (shape, dtype), all of each, so that a disk that is too small is
     found out now."""
-    sizes = {
-        name: int(np.prod(shape)) * np.dtype(t).itemsize for name, (shape, t) in arrays.items()
-    }
-    needed = ", ".join(f"{os.path.basename(name)} {size:,}" for name, size in sizes.items())
     os.makedirs(folder, exist_ok=True)
+    needed, words = space_of(arrays)
     free = shutil.disk_usage(folder).free
-    if sum(sizes.values()) > free:
+    if needed > free:
         os.rmdir(folder)
-        raise InputError(f"{folder} needs bytes of disk: {needed}; free are {free:,}")
-    if sum(sizes.values()) > 1e9:
-        note(f"{folder} reserves bytes of disk: {needed}; free are {free:,}")
+        raise InputError(f"{folder} needs {words}; free are {free / 1e9:,.3f}")
     for name, (shape, dtype) in arrays.items():
         path = os.path.join(folder, name)
         np.lib.format.open_memmap(path, "w+", dtype, shape)
@@ -1256,7 +1267,7 @@ def is_prepared(out, settings, made_of):
             was[name] = without_place(was[name])
             now[name] = without_place(now[name])
         else:
-            was[name] = meta["made_of"][name]
+            was[name] = meta.get("made_of", {}).get(name)  # older folders do not have it
             now[name] = made_of[name]
     differ = differences(was, now)
     if differ:
@@ -1362,6 +1373,7 @@ def prepare_anew(src, out, device, settings, made_of):
         raise InputError(f"the encoder {settings['encoder']} has no patch tokens for --patches")
     images = Images(src, size, settings["skip_bad"], settings["flip"], out)
     arrays = arrays_to_fill(images, tokenizer, features, tokens, settings)
+    note(f"{out} takes {space_of(arrays)[1]}")
     if settings["features"] is not None:
         features = load_features(settings["features"])
         if len(features) != len(images):

@@ -2167,6 +2167,15 @@ def test_ten_rows_of_many_numbers_need_no_square_matrix_of_these():
     assert torch.allclose(bank[:], F.normalize(f, dim=1), atol=1e-5)
 
 
+def test_a_bank_is_not_extended_by_features_that_are_not_finite_or_zero():
+    f = features(30, 16)
+    bank = MemoryBank.build(f, 4)
+    for value in (0.0, float("nan")):
+        new = f[:4].clone()
+        new[2] = value
+        refused("features of row 2 hold NaN", bank.extend, new, error=memory.InputError)
+
+
 def test_features_may_require_a_gradient():
     f = features(100, 8).requires_grad_()
     bank = MemoryBank.build(f, 4)
@@ -3652,7 +3661,8 @@ def test_blocks_are_closed_before_they_are_removed(monkeypatch):
 def test_space_that_is_not_there_is_said_before_anything_is_written(monkeypatch):
     usage = shutil.disk_usage(".")._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    refused("b needs bytes of disk: x.npy 160; free are 100", blocks_of_4, {})
+    message = r"b needs 0.000 GB of disk \(x.npy 0.000\); free are 0.000"
+    refused(message, blocks_of_4, {})
     assert os.listdir() == []
 
 
@@ -3747,6 +3757,13 @@ def test_patch_tokens_are_kept_in_int8_as_well_as_in_a_bank_of_all_of_them_at_on
     want = cosine(best[:], encoded.patch_tokens).mean().item()
     assert kept == pytest.approx(want, abs=1e-3)
     assert kept > 0.99
+
+
+def test_the_space_that_is_needed_is_said_before_the_first_image(capsys):
+    folder_of_images("images", 6)
+    prepare("images", "data", image_size=16)
+    said = "data takes 0.000 GB of disk (latents.npy 0.000, features.npy 0.000)"
+    assert said in capsys.readouterr().out
 
 
 def test_each_image_goes_through_the_encoder_once_and_a_sample_once_more(encoded, monkeypatch):
@@ -5133,6 +5150,12 @@ def test_scale_as_a_number_is_what_the_snippets_are_multiplied_by(trained):
     checkpoint = load("scaled/ckpt.pt")
     assert checkpoint["config"]["memory_scale"] == 3
     assert checkpoint["config"]["memory_center"] is False
+
+
+@pytest.mark.parametrize("out", ["imgs/", "samples_cfg1.5", "./a/../b"])
+def test_images_are_written_to_a_folder_by_any_name(sampled, out):
+    run(f"sample.py --ckpt {sampled}/out/ --num-images 2 --steps 1 --device cpu --out {out}")
+    assert sorted(os.listdir(os.path.normpath(out))) == ["000000.png", "000001.png"]
 
 
 def test_ten_images_are_ten_different_ones(sampled):
@@ -6769,6 +6792,12 @@ def test_audit_of_a_training_on_glyphs_holds_out_those_of_another_seed(letters):
     assert held_out == pytest.approx(np.sort(nearest)[5], abs=2e-3)  # torch's: the lower of the two
 
 
+def test_audit_of_a_bank_of_one_row_is_refused(sampled):
+    MemoryBank.build(features(2, 768)[:1], 1, encoder="thumbnail").save("one.pt")
+    line = run(f"sample.py --ckpt {sampled}/out --bank one.pt --out a.png --audit", fails=True)
+    assert "--audit compares the rows of a bank; one.pt has only one" in line
+
+
 def test_audit_without_images_of_a_training_on_images_holds_out_none(sampled):
     text = run(f"sample.py --ckpt {sampled}/out --steps 1 --num-images 4 --out a.png --audit")
     assert len(medians(text)) == 3
@@ -7008,6 +7037,7 @@ BAD_TRAIN = {
 BAD_SAMPLE = {
     # of flags
     "--ckpt c --shift 0.3 --method sde-heun": "--shift 0.3 is of",
+    f"--ckpt ok --out out --seed {2**64}": "--seed: 18446744073709551616 is not in [0, ",
     "--ckpt ok --out s.jpg": "neither a .png nor an .npz",
     "--ckpt ok --out out --num-images 0": "--num-images: 0 is not in",
     "--ckpt ok --out out --cfg nan": "--cfg: nan is not in",
