@@ -93,8 +93,8 @@ def precision_recall(ref, gen, k=3):
     center = ref.mean(0)  # smaller numbers round less
     ref = ref - center
     gen = gen - center
-    ref_radius = neighbour_distance(ref, k)
-    gen_radius = neighbour_distance(gen, k)
+    ref_radius = kth_squared_distance(ref, k)
+    gen_radius = kth_squared_distance(gen, k)
 
     gen_inside = torch.zeros_like(gen_radius, dtype=torch.bool)
     ref_inside = torch.zeros_like(ref_radius, dtype=torch.bool)
@@ -123,7 +123,7 @@ def float64_features(ref, gen, least):
     return ref, gen
 
 
-def neighbour_distance(x, k):
+def kth_squared_distance(x, k):
     """(N, D) -> (N,), squared distance of each row to its k-th neighbour, itself being the 0th"""
     blocks = squared_distances(x, x)
     return torch.cat([squared.topk(k + 1, largest=False)[0][:, k] for _, squared in blocks])
@@ -137,7 +137,7 @@ def squared_distances(a, b, block=2**25):
         rows = slice(start, start + step)
         norm = a[rows].square().sum(1, keepdim=True)
         squared = torch.addmm(b_norm, a[rows], b.T, alpha=-2) + norm
-        squared[squared < 1e-10 * norm] = 0  # the same image: float32 rounds by 1e-6 of its norm
+        squared[squared < 1e-10 * norm] = 0  # one image: networks round by 1e-6
         yield rows, squared
 
 

@@ -14,8 +14,8 @@ SRC is a folder of images (flat, or class sub-folders, which become labels), one
 .npz of uint8 (N, H, W, 3), or `glyphs`, a data set drawn on the spot. DIR gets latents.npy,
 labels.npy, bank.pt, files.txt and meta.json.
 
-The core comes first: mask, mix, the truncated SVD, MemoryBank; with these the file can be copied
-alone. Below the double ruler come images, tokenizers, encoders, the preparation of a data set, and
+The core comes first: mask, mix, the truncated SVD, MemoryBank. For these the file can be copied
+alone; networks need model.py. Below the double ruler come images, tokenizers, encoders, the preparation of a data set, and
 what the commands share.
 """
 
@@ -114,14 +114,15 @@ def mix(a, b, alpha, method="slerp", generator=None):
 
 
 def isolated(method):
-    """The method, computed without gradients and in float32, whatever the caller has switched on:
-    gradients, inference mode, autocast."""
+    """The method without gradients, inference mode and autocast, whatever the caller has switched
+    on: it computes in float32."""
 
     @wraps(method)
     def computed(*args, **options):
         cpu = torch.autocast("cpu", enabled=False)
-        gpu = torch.autocast("cuda", enabled=False)
-        with torch.inference_mode(False), torch.no_grad(), cpu, gpu:
+        cuda = torch.autocast("cuda", enabled=False)
+        mps = torch.autocast("mps", enabled=False)
+        with torch.inference_mode(False), torch.no_grad(), cpu, cuda, mps:
             return method(*args, **options)
 
     return computed
@@ -134,7 +135,7 @@ def unit_norm(features, device=None):
     return F.normalize(features.detach().float(), dim=-1)
 
 
-def pack(c, dtype):
+def quantize(c, dtype):
     """Coefficients (B, r) float32 -> as they are stored: coef (B, r), scale (B,), arrays. In int8
     each row is quantised by itself, in steps of a 127th of its largest number."""
     scale = torch.ones(len(c), dtype=torch.float32, device="cpu")
@@ -245,11 +246,11 @@ def float64_device(device):
     return torch.device("cpu") if device.type == "mps" else device
 
 
-def split_by(s, mean, basis):
-    """Snippets s (B, D) -> coefficients c (B, r), rest (B, D): s = mean + c basis + rest.
+def coefficients_and_rest(s, mean, basis):
+    """Snippets s (B, D) -> c (B, r), rest (B, D) with a s = mean + c basis + rest, for an a > 0.
 
-    A snippet is a direction. Where a multiple of it lies within the basis, as for the normalised
-    rows of a bank and their mixes, this multiple stands for it: its rest is zero."""
+    Snippets differ by their directions alone, so a is free. For the rows of a bank and their mixes
+    there is an a with which the rest is zero; for all others a is 1."""
     s_outside = s - s @ basis.T @ basis
     mean_outside = mean - mean @ basis.T @ basis
     if mean_outside.norm() > 1e-4:
@@ -401,7 +402,7 @@ class MemoryBank:
         for rows, s in snippet_blocks(features, row_range, device, "coefficients"):
             c = torch.addmm(origin, s, basis.T)  # as project, without copies
             place = slice(rows.start - row_range.start, rows.stop - row_range.start)
-            coef[place], scale[place] = pack(c.cpu(), coef.dtype)
+            coef[place], scale[place] = quantize(c.cpu(), coef.dtype)
         return coef, scale
 
     def save(self, path, overwrite=False):
@@ -574,7 +575,7 @@ class MemoryBank:
     @isolated
     def neighbours(self, rows, k, same_class=True):
         """rows (B,) -> cosine (B, k), index (B, k) of the k other rows most similar to each, the
-        most similar first; of its own class, where the bank has labels. Equal rows are one row.
+        most similar first; of its own class, where the bank has labels. Equal rows of a class are one.
         Where there are fewer than k: cosine -1, index -1."""
         rows = np.asarray(torch.as_tensor(rows).cpu()).reshape(-1)
         labels, representative, first_rows = self.distinct
@@ -600,7 +601,7 @@ class MemoryBank:
     @isolated
     def around(self, rows, noise, spread=1.0):
         """New snippets (B, D) that belong to no row: each a row plus a Gaussian with the covariance
-        of its k neighbours, times spread^2 (manifold Parzen windows, Vincent and Bengio, NIPS 2002)
+        of its k neighbours, times spread^2 (after manifold Parzen windows, Vincent, Bengio, NIPS 2002)
 
             c_i + spread / sqrt(k) sum_j noise_j (c_j - mean of the c_j)     j: neighbours of row i
 
@@ -636,14 +637,14 @@ class MemoryBank:
         s = unit_norm(features).cpu().double().reshape(-1, self.dim)
         check_norms(s.norm(dim=1))
         mean, basis = (part.double() for part in self.tensors_on(torch.device("cpu")))
-        c, rest = split_by(s, mean, basis)
+        c, rest = coefficients_and_rest(s, mean, basis)
         _, size, new = torch.linalg.svd(rest, full_matrices=False)
         new = new[size > 1e-4][:limit]
         new = new - new @ basis.T @ basis  # the basis is orthonormal to rounding only
         new = torch.linalg.qr(new.T)[0].T
 
         c = torch.cat([c, rest @ new.T], dim=1)
-        coef, scale = pack(c.float(), self.coef.dtype)
+        coef, scale = quantize(c.float(), self.coef.dtype)
         old_labels = self.labels
         if labels is not None and len(old_labels) == 0:
             old_labels = np.full(len(self), -1)
@@ -1310,7 +1311,7 @@ def encode_block(x, tokenizer, encode, patch_bank, names, device):
             parts["features"].append(features.cpu())
         if "patches" in names:
             c = patch_bank.project(tokens).cpu()
-            coef, scale = pack(c.flatten(0, 1), "int8")
+            coef, scale = quantize(c.flatten(0, 1), "int8")
             parts["patches"].append(torch.from_numpy(coef).view(c.shape))
             parts["patch_scales"].append(torch.from_numpy(scale).view(c.shape[:2]))
     return {name: torch.cat(part) for name, part in parts.items()}
@@ -1459,7 +1460,7 @@ def differences(was, now):
     )
 
 
-def number(low, high=float("inf"), kind=int):
+def in_range(low, high=float("inf"), kind=int):
     """-> a type for argparse: a number in [low, high)"""
 
     def parse(text):
@@ -1473,7 +1474,7 @@ def number(low, high=float("inf"), kind=int):
 
 
 def rank_or_full(text):
-    return text if text == "full" else number(1)(text)
+    return text if text == "full" else in_range(1)(text)
 
 
 rank_or_full.__name__ = "rank"
@@ -1790,7 +1791,7 @@ def one_writer(out):
 
 # name: (default, type, help)
 DATA_SETTINGS = {
-    "image_size": (256, number(1), "height and width that images are cropped to"),
+    "image_size": (256, in_range(1), "height and width that images are cropped to"),
     "tokenizer": ("pixel", str, "pixel, sd-vae-ft-ema, vavae-f16d32, or a file of an autoencoder"),
     "latent_stats": (None, str, "file with mean and std of latents, instead of measured ones"),
     "encoder": (
@@ -1803,7 +1804,7 @@ DATA_SETTINGS = {
     "skip_bad": (False, bool, "leave out files that cannot be read as images"),
     "max_pixels": (
         None,
-        number(1),
+        in_range(1),
         "allow images of up to twice this many pixels (Pillow's limit)",
     ),
 }

@@ -2,10 +2,10 @@
 
     x_t = (1 - t) z + t x          z ~ N(0, I), time t runs from noise (0) to data (1)
     v(x_t, t, s)  ->  x - z        s: the unit-norm snippet of x, a random part of its entries zero
-    loss = |v - (x - z)|^2 + 1 - cos(v, x - z)
+    loss = |v - (x - z)|^2 + 1 - cos(v, x - z)       means; the cosine is over channels
 
-    ODE  dx = v dt
-    SDE  dx = (v + w score) dt + sqrt(2 w) dW        w(t) = 1 - t, score = (t v - x) / (1 - t)
+    ODE  dx_t = v dt
+    SDE  dx_t = (v + w score) dt + sqrt(2 w) dW      w(t) = 1 - t, score = (t v - x_t) / (1 - t)
     guidance  v = v_null + cfg (v_s - v_null)        where LO <= t <= HI
 
 - one class is SiT (arXiv 2401.08740) and LightningDiT (arXiv 2501.01423), by switches of SiTConfig
@@ -13,7 +13,7 @@
 - the snippet is projected, added to the time embedding, and reaches each block by adaLN; in the
   small models it is also projected to each token
 - parameters carry the names of the official code, so that official weights need no renaming
-- nothing but torch is imported: this file can be copied into any other code
+- only torch and the standard library are imported: this file can be copied into any other code
 """
 
 import argparse
@@ -54,9 +54,9 @@ class SiTConfig:
     memory_center: bool = False  # the network sees s - mean: a masked entry is the mean, not zero
     memory_tokens: bool = False  # s is also added to the tokens, by D -> T*h (not official)
     num_classes: int = 0  # 0: no labels
-    mask_ratio: float = 0.4  # part of a snippet set to zero in training (official GMem: 0.4)
+    mask_ratio: float = 0.4  # dropout of a snippet's entries in training (official GMem: 0.4)
     learn_sigma: bool = False  # twice the output channels, half unused (official SiT weights)
-    swiglu: bool = False  # from here: the switches of LightningDiT
+    swiglu: bool = False  # this and the next three: the switches of LightningDiT
     rmsnorm: bool = False
     rope: bool = False
     qk_norm: bool = False
@@ -73,13 +73,19 @@ class SiTConfig:
             raise InputError(f"input_size {size}: not a multiple of patch_size {p}")
         if self.num_heads < 1 or h % self.num_heads != 0:
             raise InputError(f"hidden_size {h}: not a multiple of num_heads {self.num_heads}")
+        head_dim = self.hidden_size // self.num_heads
+        if self.hidden_size % 4 != 0 or (self.rope and head_dim % 4 != 0):
+            raise InputError(
+                f"hidden_size {self.hidden_size}, {head_dim} for each head: tables of positions in "
+                "two dimensions need multiples of 4"
+            )
         if not 0 <= self.mask_ratio < 1:
             raise InputError(f"mask_ratio {self.mask_ratio}: expected a part, in [0, 1)")
         if self.align_dim and not 1 <= self.align_depth <= self.depth:
             raise InputError(f"align_depth {self.align_depth}: not one of {self.depth} blocks")
 
 
-# those of the SiT and LightningDiT papers, and three for a CPU
+# the sizes of the SiT and LightningDiT papers, and one for a CPU
 TINY = {"hidden_size": 256, "depth": 4, "num_heads": 4, "predict_x": True, "memory_tokens": True}
 SMALL = {"hidden_size": 384, "depth": 12, "num_heads": 6}
 BASE = {"hidden_size": 768, "depth": 12, "num_heads": 12}
@@ -322,7 +328,7 @@ class SiT(nn.Module):
         y  (B,) labels; None or negative: the null label, index num_classes; ignored without labels
         """
         config = self.config
-        dtype = self.t_embedder.mlp[0].weight.dtype  # FSDP's while it runs; pos_embed stays float32
+        dtype = self.t_embedder.mlp[0].weight.dtype  # FSDP casts weights, not buffers
         x = x.to(dtype)
         c = self.t_embedder(timestep_embedding(t).to(dtype))  # (B, h)
         h = self.x_embedder(x) + self.pos_embed.to(dtype)  # (B, T, h)
@@ -345,7 +351,7 @@ class SiT(nn.Module):
                 projected = self.projector[0](h)
 
         v = self.unpatchify(self.final_layer(h, c))
-        if config.predict_x:
+        if config.predict_x:  # it is x until here; the bound keeps v finite
             v = (v - x) / (1 - t[:, None, None, None]).clamp_min(0.05).to(dtype)  # arXiv 2511.13720
         return v if projected is None else (v, projected)
 
@@ -405,8 +411,8 @@ def check_eval(model):
         raise InputError("the network is in training mode: call its eval() before sampling")
 
 
-def start(v, z, steps, method):
-    """The noise z in float32, or float64, after a look at the arguments of a sampler."""
+def checked_noise(v, z, steps, method):
+    """-> z in float32, or float64. InputError for arguments that no sampler takes."""
     check_eval(v)
     if steps < 1:
         raise InputError(f"{steps} steps: expected 1 or more")
@@ -431,10 +437,11 @@ def ode(v, z, steps, method="heun", shift=0.0):
     v       a network in eval mode, what guided returns, or a function; its values of any float type
     method  "euler" (order 1) or "heun" (order 2; its last step is Euler's, because no network has
             learned what to do at t = 1)
-    shift   s > 0 maps the times by t -> s t / (1 + (s-1) t); s < 1 puts more steps near the noise
+    shift   a > 0 maps the times by t -> a t / (1 + (a-1) t): a < 1 puts more steps near the noise,
+            a > 1 near the data; 0: as 1, uniform
     No graph is kept. x is float32 (float64 where z is) between the steps, also under autocast.
     """
-    x = start(v, z, steps, method)
+    x = checked_noise(v, z, steps, method)
     times = [i / steps for i in range(steps + 1)]
     if shift > 0:
         times = [shift * t / (1 + (shift - 1) * t) for t in times]
@@ -455,7 +462,7 @@ def sde(v, z, steps, method="heun", noise=torch.randn_like, diffusion=1.0, last_
     last_step  the size of the last step, which has no noise ("mean")
     The defaults are the official GMem's, whose num_steps are points: one more than these steps.
     """
-    x = start(v, z, steps, method)
+    x = checked_noise(v, z, steps, method)
 
     def drift(x, t):
         velocity = at_time(v, x, t)
@@ -480,8 +487,8 @@ def guided(model, s=None, y=None, cfg=1.0, interval=(0.0, 1.0)):
     model     SiT, or what wraps it (DDP, FSDP, torch.compile, AveragedModel), in eval mode
     cfg       guidance scale, on all channels; 1: no guidance
     interval  LO, HI: guidance only while LO <= t <= HI
-    v costs two evaluations, as it does not wait for a GPU to know t. ode and sde know t, and tell
-    v where it is outside of the interval: that costs one. v returns the dtype of the model.
+    Called by itself, v always evaluates the network twice, as it cannot see t without waiting for a
+    GPU. ode and sde know t as a number, and save the second evaluation outside of the interval.
     """
     low = interval[0] - 1e-6  # t is float32
     high = interval[1] + 1e-6

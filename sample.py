@@ -7,7 +7,7 @@
     python sample.py --ckpt C --add new.png photos/                    # external memory
     python sample.py --ckpt C --mix a.png 17                           # internal memory; a bank row
     python sample.py --ckpt C --audit                                  # does it copy?
-    python sample.py --ckpt SiT-XL-2-256.pt --tokenizer sd-vae-ft-ema  # official weights
+    python sample.py --ckpt SiT-XL-2-256x256.pt --tokenizer sd-vae-ft-ema  # official weights
 
 An .npz is in ADM's format: arr_0, uint8 (N, H, W, 3). Image i depends on (seed, i) alone, not on
 the batch size or the number of processes (but for rounding). A killed run, started again, resumes.
@@ -48,6 +48,7 @@ from memory import (
     fingerprint,
     glyphs,
     in_batches,
+    in_range,
     init_distributed,
     is_glyphs,
     known_stats,
@@ -57,7 +58,6 @@ from memory import (
     mix,
     normalize_latents,
     note,
-    number,
     one_writer,
     rank_world,
     read_flags,
@@ -81,10 +81,12 @@ def draw_rows(ids, seed, count):
     return torch.tensor([int(np.random.default_rng([seed, i]).integers(count)) for i in ids])
 
 
-def streams(which, seed, ids):
-    """-> a generator for each image; which: 1 its noise, 2 its mask, 3 its new snippet (the
-    training has 0)"""
-    return [torch.Generator().manual_seed(mixed_seed(which, seed, i)) for i in ids]
+TRAINING, NOISE, MASK, NEW = range(4)  # what random numbers are for
+
+
+def generators_of(purpose, seed, ids):
+    """-> a torch.Generator for each image; purpose: NOISE, MASK or NEW, its new snippet"""
+    return [torch.Generator().manual_seed(mixed_seed(purpose, seed, i)) for i in ids]
 
 
 def generate(
@@ -111,15 +113,17 @@ def generate(
     """
     config = model.config
     device = next(model.parameters()).device
-    generators = streams(1, seed, ids)
+    generators = generators_of(NOISE, seed, ids)
 
     def noise(like=None):
         shape = (config.in_channels, config.input_size, config.input_size)
         return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
-    if mask > 0:
-        mean = model.memory_mean.cpu() if config.memory_center else 0
-        masked = [memory.mask(row, mask, g) for row, g in zip(s - mean, streams(2, seed, ids))]
+    if s is not None and mask > 0:
+        mean = model.memory_mean.to(s.device) if config.memory_center else 0
+        masked = [
+            memory.mask(row, mask, g) for row, g in zip(s - mean, generators_of(MASK, seed, ids))
+        ]
         s = mean + torch.stack(masked)
     if s is not None:
         s = s.to(device)
@@ -307,7 +311,7 @@ def new_snippets(args, ids, rows, bank, device):
     parts = []
     starts = range(0, len(ids), 1024)
     for i in tqdm(starts, "snippets", unit="batch", leave=False, disable=rank_world()[0] > 0):
-        generators = streams(3, args.seed, ids[i : i + 1024])
+        generators = generators_of(NEW, args.seed, ids[i : i + 1024])
         noise = torch.stack([torch.randn(NEIGHBOURS, generator=g) for g in generators])
         parts.append(bank.around(rows[i : i + 1024], noise, args.spread).cpu())
     s = torch.cat(parts)
@@ -420,21 +424,25 @@ METHODS = ("euler", "heun", "sde-euler", "sde-heun")
 MIXES = ("slerp", "lerp", "concat", "mask")
 # name: (default, type, help)
 SAMPLER = {  # of generate
-    "seed": (0, number(0, 2**63), "seed of everything that is random"),
+    "seed": (0, in_range(0, 2**63), "seed of everything that is random"),
     "method": (
         "heun",
         METHODS,
         "integrator: euler, heun for the ODE, sde-euler, sde-heun for the SDE",
     ),
-    "steps": (25, number(1), "steps of the integrator"),
-    "shift": (0.0, number(0, kind=float), "shift of the ODE's times towards the noise; 0: none"),
-    "cfg": (1.0, number(-1e9, kind=float), "guidance scale; 1: no guidance"),
+    "steps": (25, in_range(1), "steps of the integrator"),
+    "shift": (
+        0.0,
+        in_range(0, kind=float),
+        "t -> a t / (1 + (a-1) t) of the ODE's times; a < 1: more steps near the noise; 0: none",
+    ),
+    "cfg": (1.0, in_range(-1e9, kind=float), "guidance scale; 1: no guidance"),
     "cfg_interval": (
         (0.0, 1.0),
         {"type": float, "nargs": 2, "metavar": ("LO", "HI")},
         "apply guidance only while LO <= t <= HI",
     ),
-    "mask": (0.0, number(0, 1, float), "part of a snippet's entries set to zero"),
+    "mask": (0.0, in_range(0, 1, float), "part of a snippet's entries set to zero"),
     "dtype": (
         None,
         ("bfloat16", "float32"),
@@ -444,19 +452,27 @@ SAMPLER = {  # of generate
 SETTINGS = {
     "ckpt": (None, {"required": True}, "checkpoint file, or the folder of a training"),
     "out": (None, str, ".png (a grid), .npz, or a folder (default: a .png beside CKPT)"),
-    "num_images": (None, number(1), "number of images (64); with --add or --mix of each row (8)"),
-    "batch_size": (64, number(1), "images of one forward pass"),
+    "num_images": (
+        None,
+        in_range(1),
+        "number of images (default: 64); with --add or --mix of each line (8)",
+    ),
+    "batch_size": (64, in_range(1), "images of one forward pass"),
     **SAMPLER,
     "label": (None, str, "class of all images: a name in meta.json, or a number"),
     "new": (False, bool, "new images: snippets around rows of the bank"),
-    "spread": (1.0, number(0, kind=float), "with --new: size of the step away from the row"),
+    "spread": (1.0, in_range(0, kind=float), "with --new: size of the step away from the row"),
     "add": (
         None,
         {"nargs": "+", "metavar": "IMAGES"},
-        "image files, folders: a row for each image",
+        "image files or folders; a line of the grid for each image",
     ),
     "save_bank": (None, str, "with --add: file for the bank extended by their snippets"),
-    "mix": (None, {"nargs": 2, "metavar": ("A", "B")}, "a row from A to B: images, or bank rows"),
+    "mix": (
+        None,
+        {"nargs": 2, "metavar": ("A", "B")},
+        "interpolate from A to B, each an image file or a row number of the bank",
+    ),
     "mix_method": ("slerp", MIXES, "with --mix: way from A to B"),
     "audit": (None, {"nargs": "?", "const": ""}, "compare with training data, and these images"),
     "bank": (None, str, "bank file, in place of the checkpoint's"),

@@ -6,7 +6,7 @@
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT train.py \\
         --data PREPARED                                    # prepared first, on one node
 
-Writes OUT/ckpt.pt, samples.png (by the EMA weights) and log.jsonl. With --resume it goes on where
+Writes OUT/ckpt.pt, log.jsonl, samples.png and samples-NNNNNNN.png (by the EMA weights). With --resume it goes on where
 OUT/ckpt.pt ends, or begins if that file does not exist yet: one command for a scheduler that restarts
 jobs. SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1 save first. A step whose loss or gradient is not
 finite changes nothing.
@@ -32,15 +32,15 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import memory
-from memory import DATA_SETTINGS, InputError, number, on_first_process, rank_world
+from memory import DATA_SETTINGS, InputError, in_range, on_first_process, rank_world
 from model import CONFIGS, SiT, SiTConfig, flow_loss, load_file
-from sample import decode, draw_rows, generate, mixed_seed, save_images
+from sample import TRAINING, decode, draw_rows, generate, mixed_seed, save_images
 
 # ----------------------------------------------------------------------------------------- settings
 
 MICRO_BATCH = 128  # images of a forward pass, at most, where --micro-batch is not given
 MICRO_TOKENS = 128 * 256  # tokens of it: 32 images of 1,024 tokens
-GIVE_UP = 50  # consecutive skipped steps that end a run
+GIVE_UP = 50  # consecutive skipped steps that end a run, at the next line of the log
 
 # The preset imagenet256-xl, from which the others differ. Sources are files of the official GMem;
 # "yaml" is its configs/gmem_sde_xl.yaml.
@@ -100,55 +100,67 @@ PRESETS = {
     },
 }
 
-positive = number(1e-9, kind=float)
+positive = in_range(1e-9, kind=float)
 
 
 def scale(text):
     return text if text == "unit" else positive(text)
 
 
-fraction = number(0, 1, float)
-any_number = number(-1e9, kind=float)
-steps_from_to = {"type": number(0), "nargs": 2, "metavar": ("A", "B")}
+fraction = in_range(0, 1, float)
+any_number = in_range(-1e9, kind=float)
+steps_from_to = {"type": in_range(0), "nargs": 2, "metavar": ("A", "B")}
 CONDITIONS = ("memory", "class", "none")
 # name: (default, type, help)
 SETTINGS = {
     "data": ("glyphs", str, "prepared folder, or images, which are prepared into OUT/data"),
     **DATA_SETTINGS,
-    "image_size": (32, number(1), "height and width that images are cropped to"),
+    "image_size": (32, in_range(1), "height and width that images are cropped to"),
     "model": ("SiT-T/16", tuple(CONFIGS), "network, one of CONFIGS in model.py"),
     "condition": ("memory", CONDITIONS, "what the network sees: a snippet, a label, or nothing"),
     "scale": ("unit", scale, "factor on snippets; unit: centred snippets of unit variance"),
     "memory_tokens": (None, bool, "add the snippet to each token too (default: in SiT-T)"),
     "mask": (0.4, fraction, "part of each snippet's entries that training sets to zero"),
     "zero_init": (True, bool, "adaLN and the last layer start at zero (official GMem: no)"),
-    "align_depth": (4, number(1), "number of the block whose tokens --align compares"),
-    "steps": (1300, number(1), "training steps in all, with those before --resume"),
-    "batch_size": (128, number(1), "images of one step, over all processes"),
-    "micro_batch": (None, number(1), "images of a forward pass (default: to 128 of 256 tokens)"),
+    "align_depth": (4, in_range(1), "number of the block whose tokens --align compares"),
+    "steps": (1300, in_range(1), "training steps in all, with those before --resume"),
+    "batch_size": (128, in_range(1), "images of one step, over all processes"),
+    "micro_batch": (
+        None,
+        in_range(1),
+        "images of a forward pass (default: up to 128, 32,768 tokens)",
+    ),
     "lr": (2e-3, positive, "peak learning rate of AdamW"),
     "beta2": (0.95, fraction, "decay rate of AdamW's second moments"),
-    "warmup": (50, number(0), "steps of linear warm-up of the learning rate"),
-    "decay": ((750, 1300), steps_from_to, "from step A to B the rate falls to 0 (0 0: it stays)"),
+    "warmup": (50, in_range(0), "steps of linear warm-up of the learning rate"),
+    "decay": (
+        (750, 1300),
+        steps_from_to,
+        "from step A to B the rate falls to 0; scaled with --steps (0 0: it stays)",
+    ),
     "clip": (1.0, positive, "largest gradient norm; larger gradients are scaled down to it"),
     "ema": (0.9999, fraction, "decay rate of the moving average of the weights (EMA)"),
     "ema_ramp": (True, bool, "the EMA's decay rate is at most (1 + step) / (10 + step)"),
     "drop": (0.1, fraction, "part of the images that is shown with the null condition"),
     "align": (
         0.0,
-        number(0, kind=float),
+        in_range(0, kind=float),
         "weight of REPA's alignment loss; needs memory.py --patches",
     ),
     "t_mean": (-0.8, any_number, "mean of the logit of the times t (official GMem: 0)"),
     "t_std": (0.8, positive, "standard deviation of the logit of t (official GMem: 1)"),
-    "seed": (0, number(0, 2**63), "seed of initial weights, order of images, noise and masks"),
+    "seed": (0, in_range(0, 2**63), "seed of initial weights, order of images, noise and masks"),
     "preset": ("glyphs", tuple(PRESETS), "defaults of a known run, which other flags replace"),
     "out": ("out", str, "folder of all that is written"),
     "resume": (False, bool, "go on where OUT/ckpt.pt ends, or begin if it does not exist"),
-    "save_every": (325, number(1), "steps between checkpoints, each of which replaces the last"),
-    "keep_every": (None, number(1), "steps between EMA weights that are kept: OUT/ema-NNNNNNN.pt"),
+    "save_every": (325, in_range(1), "steps between checkpoints, each of which replaces the last"),
+    "keep_every": (
+        None,
+        in_range(1),
+        "steps between EMA weights that are kept: OUT/ema-NNNNNNN.pt",
+    ),
     "preview": (True, bool, "write OUT/samples.png with each checkpoint"),
-    "log_every": (50, number(1), "steps between lines of OUT/log.jsonl"),
+    "log_every": (50, in_range(1), "steps between lines of OUT/log.jsonl"),
     "device": (None, str, "device: cuda, mps or cpu (default: the best available)"),
     "dtype": (None, ("bfloat16", "float32"), "dtype of the network (default: bfloat16 on CUDA)"),
     "compile": (None, bool, "compile the network by torch.compile (default: on CUDA)"),
@@ -293,7 +305,7 @@ class Trainer:
         self.optimizer.param_groups[0]["lr"] = learning_rate(self.step, self.args)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.args.clip)
         finite = torch.isfinite(loss + norm)  # the same on all processes
-        self.optimizer.found_inf = (~finite).float()  # then the fused AdamW changes nothing
+        self.optimizer.found_inf = (~finite).float()  # as by GradScaler: AdamW changes nothing
         # but that of Apple's GPUs does (pytorch/pytorch#186360), so the loss is waited for there
         if self.device.type != "mps" or finite:
             self.optimizer.step()
@@ -361,7 +373,7 @@ def train(trainer, net, loader, micro_batch, accumulate, tokenizer):
         loss = torch.zeros((), device=device)
         for m in indices:
             x, s, y, targets = loader.next_batch()
-            torch.manual_seed(mixed_seed(0, args.seed, step, m))
+            torch.manual_seed(mixed_seed(TRAINING, args.seed, step, m))
             if num_processes > 1:  # gradients are exchanged in the last micro-batch only
                 net.require_backward_grad_sync = m == indices[-1]
             with torch.autocast(device.type, torch.bfloat16, enabled=trainer.dtype == "bfloat16"):
