@@ -145,15 +145,6 @@ def quantize(c, dtype):
     return c.numpy().astype(dtype), scale.numpy()
 
 
-def check_norms(norm, first_row=0):
-    """InputError where a feature's norm is 0, infinite or NaN; norm (b, 1): of rows from first_row"""
-    unusable = (~norm.isfinite() | (norm == 0)).flatten().nonzero().flatten()
-    if len(unusable) > 0:
-        numbers = ", ".join(str(first_row + int(row)) for row in unusable[:5])
-        more = "" if len(unusable) <= 5 else f" and {len(unusable) - 5} more"
-        raise InputError(f"features of row {numbers}{more} hold NaN, infinity, or zeros alone")
-
-
 def read_block(features, rows):
     """Rows of features, an array or a tensor of any float type -> tensor (b, D)"""
     block = features[rows.start : rows.stop]
@@ -228,24 +219,6 @@ def principal_directions(features, row_range, distributed, device):
     return mean, directions, kept.cpu()
 
 
-def check_build(shape, rank, dtype, labels):
-    """InputError for what MemoryBank.build cannot use."""
-    if len(shape) != 2 or shape[0] == 0:
-        raise InputError(f"features {tuple(shape)}: expected (N, D) with N > 0")
-    if not isinstance(rank, (int, np.integer)) or rank < 1:
-        raise InputError(f"rank {rank}: expected a whole number of at least 1, or full")
-    if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype}: expected one of {', '.join(DTYPES)}")
-    if labels is not None and len(labels) != shape[0]:
-        raise InputError(f"{len(labels)} labels for {shape[0]} features")
-
-
-def float64_device(device):
-    """The device, or by default a GPU; a CPU in place of Apple's GPUs, which have no float64."""
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return torch.device("cpu") if device.type == "mps" else device
-
-
 def coefficients_and_rest(s, mean, basis):
     """Snippets s (B, D) -> c (B, r), rest (B, D) with a s = mean + c basis + rest, for an a > 0.
 
@@ -260,14 +233,6 @@ def coefficients_and_rest(s, mean, basis):
         s = torch.where(within[:, None], factor[:, None] * s, s)
     c = (s - mean) @ basis.T
     return c, s - mean - c @ basis
-
-
-def unpickled_bank(file, parts, id, device):
-    """What a pickled bank becomes, in this process or another one."""
-    bank = MemoryBank(*parts) if file is None else MemoryBank.load(file)
-    if bank.id != id:
-        raise InputError(f"{file} holds the bank {bank.id} now, not {id}, which was sent")
-    return bank if device.type == "cpu" else bank.to(device)
 
 
 # ---------------------------------------------------------------------------------- the memory bank
@@ -670,6 +635,44 @@ class MemoryBank:
 
 
 # ======================== end of the core: images, tokenizers, encoders, preparation, commands ====
+
+# ------------------------------------------------------------------------ what serves the bank alone
+
+
+def check_build(shape, rank, dtype, labels):
+    """InputError for what MemoryBank.build cannot use."""
+    if len(shape) != 2 or shape[0] == 0:
+        raise InputError(f"features {tuple(shape)}: expected (N, D) with N > 0")
+    if not isinstance(rank, (int, np.integer)) or rank < 1:
+        raise InputError(f"rank {rank}: expected a whole number of at least 1, or full")
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype}: expected one of {', '.join(DTYPES)}")
+    if labels is not None and len(labels) != shape[0]:
+        raise InputError(f"{len(labels)} labels for {shape[0]} features")
+
+
+def check_norms(norm, first_row=0):
+    """InputError where a feature's norm is 0, infinite or NaN; norm (b, 1): of rows from first_row"""
+    unusable = (~norm.isfinite() | (norm == 0)).flatten().nonzero().flatten()
+    if len(unusable) > 0:
+        numbers = ", ".join(str(first_row + int(row)) for row in unusable[:5])
+        more = "" if len(unusable) <= 5 else f" and {len(unusable) - 5} more"
+        raise InputError(f"features of row {numbers}{more} hold NaN, infinity, or zeros alone")
+
+
+def float64_device(device):
+    """The device, or by default a GPU; a CPU in place of Apple's GPUs, which have no float64."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def unpickled_bank(file, parts, id, device):
+    """What a pickled bank becomes, in this process or another one."""
+    bank = MemoryBank(*parts) if file is None else MemoryBank.load(file)
+    if bank.id != id:
+        raise InputError(f"{file} holds the bank {bank.id} now, not {id}, which was sent")
+    return bank if device.type == "cpu" else bank.to(device)
+
 
 # ------------------------------------------------------------------------------------------- images
 
