@@ -1114,31 +1114,32 @@ class Blocks:
         process, num_processes = rank_world()
         N = next(iter(arrays.values()))[0][0]
         self.folder = folder
-        done_file = os.path.join(folder, "done.npy")
-        if process == 0:
-            made_of = json.loads(json.dumps({**settings, "block": block, "arrays": str(arrays)}))
-            progress = os.path.join(folder, "progress.json")
-            if os.path.exists(progress):
-                differ = differences(read_json(progress), made_of)
-                if differ:
-                    raise InputError(
-                        f"{folder} is the unfinished work of a command with {differ}: give that "
-                        "one again, or delete the folder"
-                    )
-            else:
-                reserve(folder, arrays)
-                np.save(done_file, np.zeros(-(-N // block), bool))
-                write_json(progress, made_of)
-        barrier()
-        self.arrays = {name: np.load(os.path.join(folder, name), mmap_mode="r+") for name in arrays}
-        self.done = np.load(done_file, mmap_mode="r+")
         self.block = block
+        on_first_process(self.begin, settings, arrays, -(-N // block))
+        self.arrays = {name: np.load(os.path.join(folder, name), mmap_mode="r+") for name in arrays}
+        self.done = np.load(os.path.join(folder, "done.npy"), mmap_mode="r+")
         mine = np.flatnonzero(~self.done)[process::num_processes]
         self.todo = [range(N)[i * block : (i + 1) * block] for i in mine]
         if self.done.any():
             done = f"{self.done.sum():,} of {len(self.done):,} blocks of {block}"
             note(f"{folder}: {done} are done already")
         barrier()  # before anybody is done with a block
+
+    def begin(self, settings, arrays, num_blocks):
+        """Makes the files, unless they are there, of the same settings."""
+        made_of = {**settings, "block": self.block, "arrays": str(arrays)}
+        made_of = json.loads(json.dumps(made_of))  # as they are read again: tuples become lists
+        progress = os.path.join(self.folder, "progress.json")
+        if not os.path.exists(progress):
+            reserve(self.folder, arrays)
+            np.save(os.path.join(self.folder, "done.npy"), np.zeros(num_blocks, bool))
+            write_json(progress, made_of)
+        differ = differences(read_json(progress), made_of)
+        if differ:
+            raise InputError(
+                f"{self.folder} is the unfinished work of a command with {differ}: give that one "
+                "again, or delete the folder"
+            )
 
     def write(self, rows, **values):
         for name, array in self.arrays.items():

@@ -310,18 +310,24 @@ class Trainer:
         if self.device.type != "mps" or finite:
             self.optimizer.step()
         self.optimizer.zero_grad()
+        self.update_ema(finite)
+        self.count(loss, finite)
+        return norm
+
+    def update_ema(self, finite):
+        """ema = decay ema + (1 - decay) model; finite: a tensor, 0 or 1: without it nothing changes"""
         decay = self.args.ema
         if self.args.ema_ramp:
             decay = min(decay, (1 + self.step) / (10 + self.step))
         weights = [(1 - decay) * finite] * len(self.parameters)
         torch._foreach_lerp_(list(self.ema.parameters()), self.parameters, weights)
 
+    def count(self, loss, finite):
         self.step += 1
         self.skipped += ~finite
         self.consecutive_skips = (self.consecutive_skips + 1) * ~finite
         self.loss_sum += torch.where(finite, loss, 0)
         self.finite_steps += finite
-        return norm
 
     def report(self, norm, seconds, steps):
         """-> a line for the log: the mean loss of the last steps, which took so many seconds"""
