@@ -517,10 +517,14 @@ def fetch(url, path, sha256):
     try:
         with urllib.request.urlopen(request, timeout=60) as response, open(partial, "wb") as file:
             length = response.headers["Content-Length"]
-            print(f"downloading {url} ({length} bytes) to {path}", flush=True)
+            print(f"downloading {url} to {path}", flush=True)
+            total = None if length is None else int(length)
+            bar = torch.hub.tqdm(total=total, unit="B", unit_scale=True)
             while chunk := response.read(1 << 20):
                 file.write(chunk)
                 digest.update(chunk)
+                bar.update(len(chunk))
+            bar.close()
         if length is not None and os.path.getsize(partial) != int(length):
             raise OSError(f"the connection was cut after {os.path.getsize(partial)} bytes")
         if not digest.hexdigest().startswith(sha256):
