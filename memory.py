@@ -2,6 +2,7 @@
 
     snippet        s_i = f_i / |f_i|                 f_i: features of image i under a frozen encoder
     truncated SVD  s_i ~ mean + sum_k c_ik basis_k   k = 1 .. rank; then scaled to unit norm again
+                   (of the centred snippets: PCA)
     storage        c_i ~ scale_i coef_i              coef int8, scale_i = max_k |c_ik| / 127
     mask           a random part of the entries of s set to zero, the rest divided by 1 - ratio
     new snippet    c_i + spread / sqrt(k) sum_j noise_j (c_j - their mean)     j: k neighbours of i
@@ -64,7 +65,10 @@ class InputError(ValueError):
 
 
 def mask(s, ratio, generator=None):
-    """Dropout: a random part of the entries of s (B, D) is zero, the rest divided by 1 - ratio."""
+    """Dropout: a random part of the entries of s (B, D) is zero, the rest divided by 1 - ratio.
+    InputError unless 0 <= ratio < 1."""
+    if not 0 <= ratio < 1:
+        raise InputError(f"ratio {ratio}: expected a part, in [0, 1)")
     keep = torch.rand(s.shape, generator=generator, dtype=torch.float32, device="cpu") >= ratio
     return s * keep.to(s.device) / (1 - ratio)
 
@@ -220,7 +224,7 @@ def principal_directions(features, row_range, distributed, device):
 
 
 def coefficients_and_rest(s, mean, basis):
-    """Snippets s (B, D) -> c (B, r), rest (B, D) with a s = mean + c basis + rest, for an a > 0.
+    """Snippets s (B, D) -> c (B, r), rest (B, D): a * s = mean + c basis + rest, for some a > 0.
 
     Snippets differ by their directions alone, so a is free. For the rows of a bank and their mixes
     there is an a with which the rest is zero; for all others a is 1."""
@@ -242,7 +246,7 @@ def coefficients_and_rest(s, mean, basis):
 class MemoryBank:
     """N unit-norm snippets of D numbers: scale_i coef_i @ basis + mean, normalised. Read-only.
 
-    A full bank is one of rank D in float16. A bank that is loaded is mapped into memory: nothing is
+    A full bank keeps all min(N, D) directions. A bank that is loaded is mapped into memory: nothing is
     read before it is indexed, and processes share it, also those that it is sent to (pickle).
     Wherever (B, D) is taken, one vector (D,) is taken, too. Nothing here has a gradient."""
 
@@ -615,7 +619,7 @@ class MemoryBank:
             old_labels = np.full(len(self), -1)
         if labels is None:
             labels = np.full(len(s) if len(old_labels) else 0, -1)
-        return replace(
+        bank = replace(
             self,
             basis=torch.cat([basis, new]).float().numpy(),
             coef=np.concatenate([np.pad(self.coef, ((0, 0), (0, len(new)))), coef]),
@@ -623,6 +627,7 @@ class MemoryBank:
             labels=np.concatenate([old_labels, np.asarray(labels)]),
             id="",
         )
+        return bank if self.device.type == "cpu" else bank.to(self.device)
 
     def __str__(self):
         size = sum(a.nbytes for a in (self.mean, self.basis, self.coef, self.scale)) / 1e6
@@ -1814,7 +1819,11 @@ DATA_SETTINGS = {
 }
 BANK_SETTINGS = {
     "features": (None, str, ".npy or .pt (N, D), encoded elsewhere; without --data OUT is a bank"),
-    "dtype": ("int8", DTYPES, "dtype of the bank's coefficients"),
+    "dtype": (
+        "int8",
+        DTYPES,
+        "dtype of the bank's coefficients (float16 for int8 with --rank full)",
+    ),
     "patches": (False, bool, "keep the patch tokens too, for train.py --align"),
 }
 

@@ -2,10 +2,10 @@
 
     python sample.py --ckpt out                                        # a grid: out/samples.png
     torchrun --nproc_per_node=8 sample.py --ckpt C --num-images 50000 --out s.npz   # for fid.py
-    python sample.py --ckpt C --new                                    # new images, between rows
+    python sample.py --ckpt C --new                                    # new images, around rows
     python sample.py --ckpt C --label A                                # of one class
     python sample.py --ckpt C --add new.png photos/                    # external memory
-    python sample.py --ckpt C --mix a.png 17                           # internal memory; a bank row
+    python sample.py --ckpt C --mix a.png 17                           # from an image to bank row 17
     python sample.py --ckpt C --audit                                  # does it copy?
     python sample.py --ckpt SiT-XL-2-256x256.pt --tokenizer sd-vae-ft-ema  # official weights
 
@@ -77,7 +77,7 @@ def mixed_seed(*numbers):
 
 
 def draw_rows(ids, seed, count):
-    """-> for each image the row of the bank, or the label, that it belongs to: one of count"""
+    """-> for each image number a random one of count: its row of the bank, or its label"""
     return torch.tensor([int(np.random.default_rng([seed, i]).integers(count)) for i in ids])
 
 
@@ -455,7 +455,7 @@ SETTINGS = {
     "num_images": (
         None,
         in_range(1),
-        "number of images (default: 64); with --add or --mix of each line (8)",
+        "number of images (default: 64; with --add or --mix 8 for each line)",
     ),
     "batch_size": (64, in_range(1), "images of one forward pass"),
     **SAMPLER,
@@ -474,10 +474,18 @@ SETTINGS = {
         "interpolate from A to B, each an image file or a row number of the bank",
     ),
     "mix_method": ("slerp", MIXES, "with --mix: way from A to B"),
-    "audit": (None, {"nargs": "?", "const": ""}, "compare with training data, and these images"),
+    "audit": (
+        None,
+        {"nargs": "?", "const": ""},
+        "measure copying: nearest training images, also of these held-out images",
+    ),
     "bank": (None, str, "bank file, in place of the checkpoint's"),
     "encoder": (None, str, "for --add and --mix: file with the weights of the bank's encoder"),
-    "tokenizer": (None, str, "tokenizer of official weights, or a file of the checkpoint's"),
+    "tokenizer": (
+        None,
+        str,
+        "autoencoder of official weights, or a file with the checkpoint's own",
+    ),
     "latent_stats": (None, str, "with official weights: file with mean and std of latents"),
     "device": (None, str, "cuda, mps or cpu (default: the best there is)"),
     "compile": (False, bool, "compile the network by torch.compile"),

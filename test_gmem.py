@@ -2828,6 +2828,11 @@ def test_mask_sets_a_part_to_zero_and_divides_the_rest():  # dropout
     assert abs(zeros.mean() - 0.4) < 0.01
 
 
+@pytest.mark.parametrize("ratio", [-0.1, 1.0])
+def test_a_mask_of_all_entries_or_of_less_than_none_is_refused(ratio):
+    refused(f"ratio {ratio}: expected a part", mask, torch.ones(2, 4), ratio)
+
+
 def test_mask_takes_every_entry_equally_often():
     masked = mask(torch.ones(200, 500), 0.4, torch.Generator().manual_seed(0))
     zeros = (masked == 0).float()

@@ -136,7 +136,7 @@ SETTINGS = {
     "decay": (
         (750, 1300),
         steps_from_to,
-        "from step A to B the rate falls to 0; scaled with --steps (0 0: it stays)",
+        "from step A to B the rate falls to 0; 0 0: it stays (--steps alone scales A, B)",
     ),
     "clip": (1.0, positive, "largest gradient norm; larger gradients are scaled down to it"),
     "ema": (0.9999, fraction, "decay rate of the moving average of the weights (EMA)"),
