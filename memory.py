@@ -1218,26 +1218,35 @@ def feature_source(settings):
     return os.path.basename(made_by)
 
 
-def fingerprint(path, out=None):
-    """What the content of a file, or of a folder of images, is known by wherever it is moved:
-    names, sizes, times; None where there is no file. out: a folder that is passed over"""
-    if path is None or is_glyphs(path) or not os.path.exists(path):
-        return None
-    files = [path]
-    if os.path.isdir(path):
-        files, _ = image_files(path, out)
-    stats = [os.stat(file) for file in files]
-    size = sum(stat.st_size for stat in stats)
+def size_and_time(stats):
+    """Results of os.stat -> bytes in all, and the newest time of change, in words"""
     newest = max((stat.st_mtime_ns for stat in stats), default=0)
     when = datetime.fromtimestamp(newest / 1e9, UTC).strftime("%Y-%m-%d %H:%M:%S.%f")
-    if not os.path.isdir(path):
-        return f"{os.path.basename(path)} ({size:,} bytes, {when})"
+    return f"{sum(stat.st_size for stat in stats):,} bytes, {when}"
+
+
+def fingerprint(path):
+    """What the content of a file is known by, wherever it is moved: name, size, time. None where
+    there is no file: published names, too, which folders may have."""
+    if path is None or not os.path.isfile(path):
+        return None
+    return f"{os.path.basename(path)} ({size_and_time([os.stat(path)])})"
+
+
+def source_fingerprint(src, out):
+    """The same of a folder of images, by all its files; out: a folder that is passed over"""
+    if is_glyphs(src):
+        return None
+    if not os.path.isdir(src):
+        return fingerprint(src)
+    files, _ = image_files(src, out)
+    stats = [os.stat(file) for file in files]
     content = hashlib.sha256()
     for file, stat in zip(files, stats):
-        name = os.fsencode(os.path.relpath(file, path))
+        name = os.fsencode(os.path.relpath(file, src))
         content.update(b"%s %d %d/" % (name, stat.st_size, stat.st_mtime_ns))
     hashed = content.hexdigest()[:8]
-    return f"{len(files):,} files ({size:,} bytes, newest {when}, names and times {hashed})"
+    return f"{len(files):,} files ({size_and_time(stats)}, names and times {hashed})"
 
 
 # the settings that name content: compared by its fingerprint, not by its place
@@ -1250,7 +1259,8 @@ def prepare_settings(src, out, options):
     max_pixels = settings.pop("max_pixels")
     if max_pixels is not None:
         Image.MAX_IMAGE_PIXELS = max_pixels
-    made_of = {name: fingerprint(settings[name], out) for name in CONTENT}
+    made_of = {name: fingerprint(settings[name]) for name in CONTENT}
+    made_of["source"] = source_fingerprint(src, out)
     for name in CONTENT:
         if made_of[name] is not None:
             settings[name] = os.path.abspath(settings[name])

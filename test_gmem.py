@@ -3603,6 +3603,16 @@ def test_a_prepared_folder_of_moved_content_is_taken_again_from_anywhere(monkeyp
     assert prepare("images", "data", image_size=16, features="f.npy", rank=4) == meta
 
 
+def test_folders_may_have_the_names_of_tokenizer_and_encoder():
+    folder_of_images("images", 6)
+    os.mkdir("pixel")
+    os.mkdir("thumbnail")
+    meta = prepare("images", "data", image_size=16)
+    assert meta["settings"]["tokenizer"] == "pixel"
+    assert MemoryBank.load("data/bank.pt").encoder == "thumbnail"
+    assert prepare("images", "data", image_size=16) == meta
+
+
 def test_a_folder_may_hold_what_is_prepared_of_it():
     folder_of_images("images", 6)
     meta = prepare("images", "images/out", image_size=16)
