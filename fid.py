@@ -14,7 +14,7 @@ REF and SAMPLES are each one of these:
     a folder of images
     an .npz of images: uint8 (N, H, W, 3), named arr_0, or the only such array in the file
     an .npz of statistics: mu, sigma, and for sFID mu_s, sigma_s
-    an .npy of features: float (N, D), of any network. FD, KID, precision and recall are then of these.
+    an .npy of features: float (N, D), of any network; FD, KID, precision and recall are of these
 ADM's reference batches hold images and statistics: FID and sFID are of the latter, the rest of the
 images.
 """
@@ -61,12 +61,6 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     return float(mean_term + np.trace(sigma1) + np.trace(sigma2) - 2 * roots.sum())
 
 
-def check_statistics(mu, sigma):
-    """InputError unless they are finite numbers, (D,) and (D, D)."""
-    if mu.ndim != 1 or sigma.shape != 2 * mu.shape or not np.isfinite(mu.sum() + sigma.sum()):
-        raise InputError(f"mu {mu.shape}, sigma {sigma.shape}: expected finite (D,), (D, D)")
-
-
 def pivoted_cholesky(sigma):
     """(D, D) -> U (rank, D) with sigma = U' U. It pivots, so that zeros do not become noise."""
     factor, pivot, rank, _ = linalg.lapack.dpstrf(sigma)
@@ -104,25 +98,6 @@ def precision_recall(ref, gen, k=3):
     return gen_inside.sum().item() / len(gen), ref_inside.sum().item() / len(ref)
 
 
-def float64_features(ref, gen, least):
-    """Arrays or tensors (N, D), (M, D) -> both in float64, and so on the CPU if they were on an
-    Apple GPU. InputError: other shapes, not finite, N or M < least."""
-    pair = []
-    for x in (ref, gen):
-        x = torch.as_tensor(x).detach()
-        if x.ndim != 2 or len(x) < least or not x.isfinite().all():
-            raise InputError(f"features {list(x.shape)}: expected finite (N, D), N {least} or more")
-        if x.device.type == "mps":
-            x = x.cpu()
-        pair.append(x.double())
-    ref, gen = pair
-    if ref.shape[1] != gen.shape[1]:
-        raise InputError(
-            f"features of {ref.shape[1]} and {gen.shape[1]} numbers, expected the same"
-        )
-    return ref, gen
-
-
 def kth_squared_distance(x, k):
     """(N, D) -> (N,), squared distance of each row to its k-th neighbour, itself being the 0th"""
     blocks = squared_distances(x, x)
@@ -155,7 +130,7 @@ def kid(ref, gen):
 
 
 def kernel_sum(a, b, same_set, block=2**24):
-    """(n, D), (m, D) -> the sum of k over all pairs; within one set, over pairs of different rows"""
+    """(n, D), (m, D) -> the sum of k over all pairs; in one set, over pairs of different rows"""
     total = 0.0
     step = max(1, block // len(b))
     for start in range(0, len(a), step):
@@ -167,6 +142,31 @@ def kernel_sum(a, b, same_set, block=2**24):
 
 
 # ======= end of the core: the metrics; images, networks and the command follow ====================
+
+
+def check_statistics(mu, sigma):
+    """InputError unless they are finite numbers, (D,) and (D, D)."""
+    if mu.ndim != 1 or sigma.shape != 2 * mu.shape or not np.isfinite(mu.sum() + sigma.sum()):
+        raise InputError(f"mu {mu.shape}, sigma {sigma.shape}: expected finite (D,), (D, D)")
+
+
+def float64_features(ref, gen, least):
+    """Arrays or tensors (N, D), (M, D) -> both in float64, and so on the CPU if they were on an
+    Apple GPU. InputError: other shapes, not finite, N or M < least."""
+    pair = []
+    for x in (ref, gen):
+        x = torch.as_tensor(x).detach()
+        if x.ndim != 2 or len(x) < least or not x.isfinite().all():
+            raise InputError(f"features {list(x.shape)}: expected finite (N, D), N {least} or more")
+        if x.device.type == "mps":
+            x = x.cpu()
+        pair.append(x.double())
+    ref, gen = pair
+    if ref.shape[1] != gen.shape[1]:
+        raise InputError(
+            f"features of {ref.shape[1]} and {gen.shape[1]} numbers, expected the same"
+        )
+    return ref, gen
 
 
 @contextmanager
@@ -183,7 +183,7 @@ def input_errors(name):
         raise InputError(f"{name} cannot be used: {reason}") from error
 
 
-# ------------------------------------------------------------------------ images, features, statistics
+# --------------------------------------------------------------------- images, features, statistics
 
 
 def to_rgb(image):
@@ -196,8 +196,9 @@ def to_rgb(image):
     if image.mode == "I" and image.format in ("PNG", "PPM"):
         is_16_bit = True
     if image.mode in ("I", "F") and not is_16_bit:
-        kind = f"Pillow's mode {image.mode}, integers or floats in which black and white are not defined"
-        raise InputError(f"{kind}: save it with 8 or 16 bits")
+        raise InputError(
+            f"black and white are not defined in mode {image.mode}: save it with 8 or 16 bits"
+        )
     bits = getattr(image, "tag_v2", {}).get(258, [16])[0]  # 12 in some TIFF files
     image = ImageOps.exif_transpose(image)
     if is_16_bit:

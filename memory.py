@@ -16,8 +16,8 @@ SRC is a folder of images (flat, or class sub-folders, which become labels), one
 labels.npy, bank.pt, files.txt and meta.json.
 
 The core comes first: mask, mix, the truncated SVD, MemoryBank. For these the file can be copied
-alone; networks need model.py. Below the double ruler come images, tokenizers, encoders, the preparation of a data set, and
-what the commands share.
+alone; networks need model.py. Below the double ruler come images, tokenizers, encoders, the
+preparation of a data set, and what the commands share.
 """
 
 import argparse
@@ -34,7 +34,7 @@ import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import cache, cached_property, wraps
 from multiprocessing.pool import ThreadPool
@@ -54,14 +54,13 @@ except ImportError:  # Windows
 RANK = 64  # of a bank, by default
 DTYPES = ("int8", "float16", "float32")  # of a bank's coefficients
 BLOCK = 4096  # rows that are worked on at a time
-THREADS = min(8, os.cpu_count() or 1)  # that decode images
 
 
 class InputError(ValueError):
     """What a user gave cannot be used; the message says what was expected."""
 
 
-# -------------------------------------------------------------------------------------- mask and mix
+# ------------------------------------------------------------------------------------- mask and mix
 
 
 def mask(s, ratio, generator=None):
@@ -132,11 +131,11 @@ def isolated(method):
     return computed
 
 
-def unit_norm(features, device=None):
-    """(..., D) of any float type -> float32 rows of norm 1, where they are (arrays: on device)"""
+def float_tensor(features, device):
+    """(..., D) of any float type -> float32; an array becomes a tensor on device"""
     if not torch.is_tensor(features):
-        features = torch.tensor(features, device=device or "cpu")
-    return F.normalize(features.detach().float(), dim=-1)
+        features = torch.tensor(features, device=device)
+    return features.detach().float()
 
 
 def quantize(c, dtype):
@@ -149,21 +148,13 @@ def quantize(c, dtype):
     return c.numpy().astype(dtype), scale.numpy()
 
 
-def read_block(features, rows):
-    """Rows of features, an array or a tensor of any float type -> tensor (b, D)"""
-    block = features[rows.start : rows.stop]
-    if torch.is_tensor(block):
-        return block.detach()
-    return torch.from_numpy(np.array(block))
-
-
 def snippet_blocks(features, row_range, device, what):
     """Yields a range of rows, and their snippets, unit-norm float32 (b, D), block by block.
     InputError with the row numbers where features are zero, infinite or NaN."""
     starts = range(0, len(row_range), BLOCK)
     for i in tqdm(starts, what, unit="block", leave=False, delay=2, disable=rank_world()[0] > 0):
         rows = row_range[i : i + BLOCK]
-        block = read_block(features, rows).to(device).float()
+        block = float_tensor(features[rows.start : rows.stop], device).to(device)
         norm = block.norm(dim=1, keepdim=True)
         check_norms(norm, rows.start)
         yield rows, block / norm
@@ -197,14 +188,12 @@ def directions_of_many(features, row_range, distributed, device):
 
 
 def directions_of_few(features, device):
-    """For N < D, by the N x N Gram matrix of the centred snippets: see principal_directions."""
+    """For N < D, by the SVD of the centred snippets: see principal_directions."""
     N = features.shape[0]
     s = torch.cat([s for _, s in snippet_blocks(features, range(N), device, "snippets")]).double()
     mean = s.mean(0)
-    values, vectors = torch.linalg.eigh((s - mean) @ (s - mean).T / N)  # ascending
-    # vectors' (s - mean) are the directions, not yet of unit norm; those of no energy are arbitrary
-    directions = torch.linalg.qr((vectors.flip(1).T @ (s - mean)).T)[0].T
-    return mean, directions, values.flip(0)
+    _, size, directions = torch.linalg.svd(s - mean, full_matrices=False)
+    return mean, directions, size.square() / N
 
 
 def principal_directions(features, row_range, distributed, device):
@@ -223,22 +212,6 @@ def principal_directions(features, row_range, distributed, device):
     return mean, directions, kept.cpu()
 
 
-def coefficients_and_rest(s, mean, basis):
-    """Snippets s (B, D) -> c (B, r), rest (B, D): a * s = mean + c basis + rest, for some a > 0.
-
-    Snippets differ by their directions alone, so a is free. For the rows of a bank and their mixes
-    there is an a with which the rest is zero; for all others a is 1."""
-    s_outside = s - s @ basis.T @ basis
-    mean_outside = mean - mean @ basis.T @ basis
-    if mean_outside.norm() > 1e-4:
-        factor = s_outside @ mean_outside / s_outside.square().sum(1).clamp_min(1e-30)
-        missing = (factor[:, None] * s_outside - mean_outside).norm(dim=1)
-        within = (factor > 0) & (missing < 1e-4 * factor)
-        s = torch.where(within[:, None], factor[:, None] * s, s)
-    c = (s - mean) @ basis.T
-    return c, s - mean - c @ basis
-
-
 # ---------------------------------------------------------------------------------- the memory bank
 
 
@@ -246,8 +219,8 @@ def coefficients_and_rest(s, mean, basis):
 class MemoryBank:
     """N unit-norm snippets of D numbers: scale_i coef_i @ basis + mean, normalised. Read-only.
 
-    A full bank keeps all min(N, D) directions. A bank that is loaded is mapped into memory: nothing is
-    read before it is indexed, and processes share it, also those that it is sent to (pickle).
+    A full bank keeps all min(N, D) directions. A bank that is loaded is mapped into memory: nothing
+    is read before it is indexed, and processes share it, also those that it is sent to (pickle).
     Wherever (B, D) is taken, one vector (D,) is taken, too. Nothing here has a gradient."""
 
     mean: np.ndarray  # (D,) float32
@@ -258,29 +231,15 @@ class MemoryBank:
     energy: float  # part of the variance that the basis kept when the bank was built
     encoder: str  # what made the features
     id: str = ""  # hash of the content; a bank that is loaded has that of its file
+    file: str = None  # where it was loaded from
+    on_device: tuple = None  # coef and scale as tensors, by to(device)
 
     def __post_init__(self):
-        D = len(self.mean)
-        N, r = self.coef.shape
-        labels = N if len(self.labels) else 0
-        expected = {
-            "mean": ((D,), ["float32"]),
-            "basis": ((r, D), ["float32"]),
-            "coef": ((N, r), DTYPES),
-            "scale": ((N,), ["float32"]),
-            "labels": ((labels,), ["int64"]),
-        }
-        for name, (shape, dtypes) in expected.items():
-            array = getattr(self, name)
-            if array.shape != shape or array.dtype not in dtypes:
-                given = f"{name} {array.dtype} {array.shape}"
-                raise InputError(f"parts of a bank do not fit: {given}, expected {dtypes} {shape}")
-            array.setflags(write=False)
-        for name, kind in (("energy", float), ("encoder", str), ("id", str)):
-            if not isinstance(getattr(self, name), kind):
-                raise InputError(f"parts of a bank do not fit: {name} is no {kind.__name__}")
+        check_parts(self)
+        for name in ARRAYS:
+            getattr(self, name).setflags(write=False)
         if not self.id:
-            object.__setattr__(self, "id", self.content_hash())
+            object.__setattr__(self, "id", content_hash(self))
 
     @property
     def dim(self):
@@ -292,13 +251,6 @@ class MemoryBank:
 
     def __len__(self):
         return len(self.coef)
-
-    def content_hash(self):
-        """16 hexadecimal digits"""
-        content = hashlib.sha256(self.encoder.encode())
-        for array in (self.mean, self.basis, self.coef, self.scale, self.labels):
-            content.update(np.ascontiguousarray(array))
-        return content.hexdigest()[:16]
 
     # ---- a bank is made, kept, and sent
 
@@ -327,18 +279,9 @@ class MemoryBank:
         device       where it is computed; None: a GPU, where there is one
         InputError where a value is out of range, or features hold zeros alone, NaN or infinity.
         """
+        rank, dtype = checked_rank(features.shape, rank, dtype, labels)
+        N = features.shape[0]
         process, num_processes = rank_world() if distributed else (0, 1)
-        if rank == "full":
-            rank = min(features.shape)
-            if dtype == "int8":
-                dtype = "float16"
-        check_build(features.shape, rank, dtype, labels)
-        N, D = features.shape
-        if rank > min(N, D):
-            if process == 0:
-                lowered = f"rank {rank} lowered to {min(N, D)}: {N:,} snippets of {D} numbers"
-                warnings.warn(lowered, stacklevel=3)
-            rank = min(N, D)
         device = float64_device(device)
         row_range = range(N * process // num_processes, N * (process + 1) // num_processes)
         mean, directions, kept = principal_directions(features, row_range, distributed, device)
@@ -379,42 +322,22 @@ class MemoryBank:
         would be lost."""
         if os.path.exists(path) and not overwrite and MemoryBank.load(path).id != self.id:
             raise InputError(f"{path} holds another bank: name another file, or delete it")
-        state = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, np.ndarray):
-                value = torch.tensor(value, device="cpu")
-            state[field.name] = value
+        state = {name: getattr(self, name) for name in STORED}
+        state.update({name: torch.tensor(state[name], device="cpu") for name in ARRAYS})
         with atomic_write(path) as temporary:
             torch.save(state, temporary)
 
     @staticmethod
     def load(path):
         """Maps the file into memory. InputError where it is damaged, or holds something else."""
-        try:
-            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            parts = {}
-            for field in fields(MemoryBank):
-                value = state[field.name]
-                parts[field.name] = value.numpy() if torch.is_tensor(value) else value
-            bank = MemoryBank(**parts)
-        except OSError:
-            raise
-        except KeyError as e:
-            raise InputError(f"{path} is no memory bank: it lacks {e}") from e
-        except Exception as e:  # of any type, where the bytes are not torch's
-            reason = f"{type(e).__name__} {str(e)[:100]}"
-            raise InputError(f"{path} is damaged, or no memory bank: {reason}") from e
-        object.__setattr__(bank, "file", os.path.abspath(path))
-        return bank
+        return read_bank(path)
 
     def __reduce__(self):
         """Pickled by the name of its file, where it was loaded; else by its arrays."""
-        file = getattr(self, "file", None)
         parts = None
-        if file is None:
-            parts = tuple(getattr(self, field.name) for field in fields(self))
-        return unpickled_bank, (file, parts, self.id, self.device)
+        if self.file is None:
+            parts = {name: getattr(self, name) for name in STORED}
+        return unpickled_bank, (self.file, parts, self.id, self.device)
 
     def __deepcopy__(self, memo):
         return self  # nobody can change it
@@ -422,18 +345,13 @@ class MemoryBank:
     def to(self, device):
         """-> the same bank, whose rows are kept on device: bank[index] and the rest are then
         computed there. Mean, basis, coef and scale go on being arrays on the CPU, too."""
-        bank = replace(self)
-        if hasattr(self, "file"):
-            object.__setattr__(bank, "file", self.file)
         stored = (torch.tensor(self.coef, device=device), torch.tensor(self.scale, device=device))
-        object.__setattr__(bank, "rows_on_device", stored)
-        return bank
+        return replace(self, on_device=stored)
 
     @property
     def device(self):
         """torch.device of the snippets that bank[index] gives"""
-        stored = getattr(self, "rows_on_device", None)
-        return torch.device("cpu") if stored is None else stored[0].device
+        return torch.device("cpu") if self.on_device is None else self.on_device[0].device
 
     @cached_property
     def device_tensors(self):
@@ -454,11 +372,10 @@ class MemoryBank:
 
     @isolated
     def coefficients(self, index):
-        """Rows by any index -> c, float32 (..., r), on the bank's device. IndexError out of range."""
-        stored = getattr(self, "rows_on_device", None)
+        """Rows by any index -> c, float32 (..., r), on the bank's device; or IndexError"""
         if torch.is_tensor(index) and index.device.type == "cpu":
             index = index.numpy()
-        if stored is None:
+        if self.on_device is None:
             if torch.is_tensor(index):
                 index = index.cpu().numpy()
             coef = torch.from_numpy(np.array(self.coef[index]))  # copies: the bank is read-only
@@ -466,8 +383,7 @@ class MemoryBank:
         else:
             if not torch.is_tensor(index):  # IndexError here, not in a kernel
                 index = torch.from_numpy(np.array(self.row_numbers[index])).to(self.device)
-            coef = stored[0][index]
-            scale = stored[1][index]
+            coef, scale = [stored[index] for stored in self.on_device]
         return coef.float() * scale[..., None]
 
     def __getitem__(self, index):
@@ -489,7 +405,7 @@ class MemoryBank:
     @isolated
     def project(self, features):
         """features (..., D), any norm -> coefficients (..., r) float32"""
-        s = unit_norm(features, self.device)
+        s = F.normalize(float_tensor(features, self.device), dim=-1)
         mean, basis = self.tensors_on(s.device)
         return (s - mean) @ basis.T
 
@@ -501,7 +417,7 @@ class MemoryBank:
         the most similar first; k at most N. B x 4096 cosines are held at once."""
         if k < 1:
             raise InputError(f"k {k}: expected 1 or more")
-        s = unit_norm(features, self.device)
+        s = F.normalize(float_tensor(features, self.device), dim=-1)
         cosine, index = self.search(s.reshape(-1, self.dim), k, np.arange(len(self)))
         return cosine.reshape(*s.shape[:-1], -1), index.reshape(*s.shape[:-1], -1)
 
@@ -544,19 +460,19 @@ class MemoryBank:
     @isolated
     def neighbours(self, rows, k, same_class=True):
         """rows (B,) -> cosine (B, k), index (B, k) of the k other rows most similar to each, the
-        most similar first; of its own class, where the bank has labels. Equal rows of a class are one.
+        most similar first; of its own class, where the bank has labels. Equal rows count once.
         Where there are fewer than k: cosine -1, index -1."""
         rows = np.asarray(torch.as_tensor(rows).cpu()).reshape(-1)
         labels, representative, first_rows = self.distinct
         cosine = torch.full((len(rows), k), -1.0, dtype=torch.float32, device=self.device)
         index = torch.full((len(rows), k), -1, dtype=torch.int64, device=self.device)
-        groups = [(np.arange(len(rows)), first_rows)]
-        if same_class:
-            groups = []
-            for label in np.unique(labels[rows]):
-                start, stop = np.searchsorted(labels[first_rows], [label, label + 1])
-                groups.append((np.flatnonzero(labels[rows] == label), first_rows[start:stop]))
-        for places, candidates in groups:
+        if not same_class:
+            labels = np.zeros_like(labels)
+        sorted_labels = labels[first_rows]
+        for label in np.unique(labels[rows]):
+            start, stop = np.searchsorted(sorted_labels, [label, label + 1])
+            candidates = first_rows[start:stop]
+            places = np.flatnonzero(labels[rows] == label)
             found = self.search(self[rows[places]], k + 1, candidates)
             own = torch.from_numpy(representative[rows[places]]).to(self.device)
             other_cosine = found[0].masked_fill(found[1] == own[:, None], -2)  # the row itself
@@ -570,7 +486,7 @@ class MemoryBank:
     @isolated
     def around(self, rows, noise, spread=1.0):
         """New snippets (B, D) that belong to no row: each a row plus a Gaussian with the covariance
-        of its k neighbours, times spread^2 (after manifold Parzen windows, Vincent, Bengio, NIPS 2002)
+        of its k neighbours, times spread^2 (after manifold Parzen windows, Vincent and Bengio 2002)
 
             c_i + spread / sqrt(k) sum_j noise_j (c_j - mean of the c_j)     j: neighbours of row i
 
@@ -603,7 +519,7 @@ class MemoryBank:
         labels  (B,) of the new rows
         InputError where features hold zeros alone, NaN or infinity.
         """
-        s = unit_norm(features).cpu().double().reshape(-1, self.dim)
+        s = F.normalize(float_tensor(features, "cpu").cpu(), dim=-1).double().reshape(-1, self.dim)
         check_norms(s.norm(dim=1))
         mean, basis = (part.double() for part in self.tensors_on(torch.device("cpu")))
         c, rest = coefficients_and_rest(s, mean, basis)
@@ -626,6 +542,8 @@ class MemoryBank:
             scale=np.concatenate([self.scale, scale]),
             labels=np.concatenate([old_labels, np.asarray(labels)]),
             id="",
+            file=None,
+            on_device=None,
         )
         return bank if self.device.type == "cpu" else bank.to(self.device)
 
@@ -641,23 +559,99 @@ class MemoryBank:
 
 # ======================== end of the core: images, tokenizers, encoders, preparation, commands ====
 
-# ------------------------------------------------------------------------ what serves the bank alone
+# ----------------------------------------------------------------------- what serves the bank alone
 
 
-def check_build(shape, rank, dtype, labels):
-    """InputError for what MemoryBank.build cannot use."""
+ARRAYS = ("mean", "basis", "coef", "scale", "labels")
+STORED = (*ARRAYS, "energy", "encoder", "id")  # what the file of a bank holds
+
+
+def check_parts(bank):
+    """InputError where shapes, dtypes or types of a bank are not those that MemoryBank states."""
+    D = len(bank.mean)
+    N, r = bank.coef.shape
+    labels = N if len(bank.labels) else 0
+    expected = {
+        "mean": ((D,), ["float32"]),
+        "basis": ((r, D), ["float32"]),
+        "coef": ((N, r), DTYPES),
+        "scale": ((N,), ["float32"]),
+        "labels": ((labels,), ["int64"]),
+    }
+    for name, (shape, dtypes) in expected.items():
+        array = getattr(bank, name)
+        if array.shape != shape or array.dtype not in dtypes:
+            given = f"{name} {array.dtype} {array.shape}"
+            raise InputError(f"parts of a bank do not fit: {given}, expected {dtypes} {shape}")
+    for name, kind in (("energy", float), ("encoder", str), ("id", str)):
+        if not isinstance(getattr(bank, name), kind):
+            raise InputError(f"parts of a bank do not fit: {name} is no {kind.__name__}")
+
+
+def content_hash(bank):
+    """16 hexadecimal digits"""
+    content = hashlib.sha256(bank.encoder.encode())
+    for name in ARRAYS:
+        content.update(np.ascontiguousarray(getattr(bank, name)))
+    return content.hexdigest()[:16]
+
+
+def read_bank(path):
+    """See MemoryBank.load."""
+    try:
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        parts = {name: state[name] for name in STORED}
+        parts.update({name: parts[name].numpy() for name in ARRAYS})
+        return MemoryBank(**parts, file=os.path.abspath(path))
+    except OSError:
+        raise
+    except KeyError as e:
+        raise InputError(f"{path} is no memory bank: it lacks {e}") from e
+    except Exception as e:  # of any type, where the bytes are not torch's
+        reason = f"{type(e).__name__} {str(e)[:100]}"
+        raise InputError(f"{path} is damaged, or no memory bank: {reason}") from e
+
+
+def checked_rank(shape, rank, dtype, labels):
+    """-> the rank and dtype that MemoryBank.build uses; InputError for what it cannot use."""
     if len(shape) != 2 or shape[0] == 0:
         raise InputError(f"features {tuple(shape)}: expected (N, D) with N > 0")
+    if rank == "full":
+        rank = min(shape)
+        if dtype == "int8":
+            dtype = "float16"
     if not isinstance(rank, (int, np.integer)) or rank < 1:
         raise InputError(f"rank {rank}: expected a whole number of at least 1, or full")
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype}: expected one of {', '.join(DTYPES)}")
     if labels is not None and len(labels) != shape[0]:
         raise InputError(f"{len(labels)} labels for {shape[0]} features")
+    if rank > min(shape) and rank_world()[0] == 0:
+        lowered = (
+            f"rank {rank} lowered to {min(shape)}: {shape[0]:,} snippets of {shape[1]} numbers"
+        )
+        warnings.warn(lowered, stacklevel=4)
+    return min(rank, *shape), dtype
+
+
+def coefficients_and_rest(s, mean, basis):
+    """Snippets s (B, D) -> c (B, r), rest (B, D): a * s = mean + c basis + rest, for some a > 0.
+
+    Snippets differ by their directions alone, so a is free. For the rows of a bank and their mixes
+    there is an a with which the rest is zero; for all others a is 1."""
+    s_outside = s - s @ basis.T @ basis
+    mean_outside = mean - mean @ basis.T @ basis
+    if mean_outside.norm() > 1e-4:
+        factor = s_outside @ mean_outside / s_outside.square().sum(1).clamp_min(1e-30)
+        missing = (factor[:, None] * s_outside - mean_outside).norm(dim=1)
+        within = (factor > 0) & (missing < 1e-4 * factor)
+        s = torch.where(within[:, None], factor[:, None] * s, s)
+    c = (s - mean) @ basis.T
+    return c, s - mean - c @ basis
 
 
 def check_norms(norm, first_row=0):
-    """InputError where a feature's norm is 0, infinite or NaN; norm (b, 1): of rows from first_row"""
+    """InputError where a norm (b, 1), of features from first_row on, is 0, infinite or NaN"""
     unusable = (~norm.isfinite() | (norm == 0)).flatten().nonzero().flatten()
     if len(unusable) > 0:
         numbers = ", ".join(str(first_row + int(row)) for row in unusable[:5])
@@ -673,7 +667,7 @@ def float64_device(device):
 
 def unpickled_bank(file, parts, id, device):
     """What a pickled bank becomes, in this process or another one."""
-    bank = MemoryBank(*parts) if file is None else MemoryBank.load(file)
+    bank = MemoryBank(**parts) if file is None else MemoryBank.load(file)
     if bank.id != id:
         raise InputError(f"{file} holds the bank {bank.id} now, not {id}, which was sent")
     return bank if device.type == "cpu" else bank.to(device)
@@ -692,8 +686,9 @@ def to_rgb(image):
     if image.mode == "I" and image.format in ("PNG", "PPM"):
         is_16_bit = True
     if image.mode in ("I", "F") and not is_16_bit:
-        kind = f"Pillow's mode {image.mode}, integers or floats in which black and white are not defined"
-        raise InputError(f"{kind}: save it with 8 or 16 bits")
+        raise InputError(
+            f"black and white are not defined in mode {image.mode}: save it with 8 or 16 bits"
+        )
     bits = getattr(image, "tag_v2", {}).get(258, [16])[0]  # 12 in some TIFF files
     image = ImageOps.exif_transpose(image)
     if is_16_bit:
@@ -913,7 +908,7 @@ class Images:
 
 @cache
 def decoding_threads():
-    threads = ThreadPool(THREADS)
+    threads = ThreadPool(min(8, os.cpu_count() or 1))
     atexit.register(threads.terminate)
     return threads
 
@@ -1254,7 +1249,7 @@ CONTENT = ("source", "tokenizer", "latent_stats", "encoder", "features")
 
 
 def prepare_settings(src, out, options):
-    """-> all settings, with full paths, as meta.json keeps them; fingerprints of those of CONTENT"""
+    """-> all settings, with full paths, as meta.json keeps them; fingerprints of CONTENT"""
     settings = {**defaults(DATA_SETTINGS), **defaults(BANK_SETTINGS), **options, "source": src}
     max_pixels = settings.pop("max_pixels")
     if max_pixels is not None:
@@ -1723,7 +1718,7 @@ def leave_group():
 
 
 def on_first_process(f, *args):
-    """f(*args) on process 0 -> its result there, None on the others, which wait for it, up to a day.
+    """f(*args) on process 0 -> its result there, None on the others, which wait, up to a day.
     Where it raises, process 0 raises the error and the others end silently, with exit code 2."""
     result = None
     error = None
@@ -1824,16 +1819,12 @@ DATA_SETTINGS = {
     "max_pixels": (
         None,
         in_range(1),
-        "allow images of up to twice this many pixels (Pillow's limit)",
+        "allow images of up to twice as many pixels (Pillow's limit)",
     ),
 }
 BANK_SETTINGS = {
     "features": (None, str, ".npy or .pt (N, D), encoded elsewhere; without --data OUT is a bank"),
-    "dtype": (
-        "int8",
-        DTYPES,
-        "dtype of the bank's coefficients (float16 for int8 with --rank full)",
-    ),
+    "dtype": ("int8", DTYPES, "dtype of the bank's coefficients (--rank full: no int8)"),
     "patches": (False, bool, "keep the patch tokens too, for train.py --align"),
 }
 

@@ -66,23 +66,7 @@ class SiTConfig:
     align_depth: int = 4
 
     def __post_init__(self):
-        size = self.input_size
-        p = self.patch_size
-        h = self.hidden_size
-        if p < 1 or size % p != 0:
-            raise InputError(f"input_size {size}: not a multiple of patch_size {p}")
-        if self.num_heads < 1 or h % self.num_heads != 0:
-            raise InputError(f"hidden_size {h}: not a multiple of num_heads {self.num_heads}")
-        head_dim = self.hidden_size // self.num_heads
-        if self.hidden_size % 4 != 0 or (self.rope and head_dim % 4 != 0):
-            raise InputError(
-                f"hidden_size {self.hidden_size}, {head_dim} for each head: tables of positions in "
-                "two dimensions need multiples of 4"
-            )
-        if not 0 <= self.mask_ratio < 1:
-            raise InputError(f"mask_ratio {self.mask_ratio}: expected a part, in [0, 1)")
-        if self.align_dim and not 1 <= self.align_depth <= self.depth:
-            raise InputError(f"align_depth {self.align_depth}: not one of {self.depth} blocks")
+        check_config(self)
 
 
 # the sizes of the SiT and LightningDiT papers, and one for a CPU
@@ -404,23 +388,6 @@ def flow_loss(
     return loss
 
 
-def check_eval(model):
-    """InputError where a SiT is in training mode: it would mask the snippets that it is given."""
-    modules = model.modules() if isinstance(model, nn.Module) else []
-    if any(isinstance(module, SiT) and module.training for module in modules):
-        raise InputError("the network is in training mode: call its eval() before sampling")
-
-
-def checked_noise(v, z, steps, method):
-    """-> z in float32, or float64. InputError for arguments that no sampler takes."""
-    check_eval(v)
-    if steps < 1:
-        raise InputError(f"{steps} steps: expected 1 or more")
-    if method not in ("euler", "heun"):
-        raise InputError(f"unknown method {method}; known: euler, heun")
-    return z.to(torch.promote_types(z.dtype, torch.float32))
-
-
 def at_time(v, x, t):
     """v(x, t) in the dtype of x, for a t that is one number for all of the batch."""
     times = x.new_full((x.shape[0],), t)
@@ -506,7 +473,45 @@ def guided(model, s=None, y=None, cfg=1.0, interval=(0.0, 1.0)):
     return v
 
 
-# ======================== end of the core: networks made elsewhere follow =========================
+# ================ end of the core: checks, and networks made elsewhere, follow ====================
+
+
+def check_config(config):
+    """InputError where the values of a SiTConfig do not go together."""
+    size = config.input_size
+    p = config.patch_size
+    h = config.hidden_size
+    if p < 1 or size % p != 0:
+        raise InputError(f"input_size {size}: not a multiple of patch_size {p}")
+    if config.num_heads < 1 or h % config.num_heads != 0:
+        raise InputError(f"hidden_size {h}: not a multiple of num_heads {config.num_heads}")
+    head_dim = h // config.num_heads
+    if h % 4 != 0 or (config.rope and head_dim % 4 != 0):
+        raise InputError(
+            f"hidden_size {h}, {head_dim} for each head: tables of positions in two dimensions "
+            "need multiples of 4"
+        )
+    if not 0 <= config.mask_ratio < 1:
+        raise InputError(f"mask_ratio {config.mask_ratio}: expected a part, in [0, 1)")
+    if config.align_dim and not 1 <= config.align_depth <= config.depth:
+        raise InputError(f"align_depth {config.align_depth}: not one of {config.depth} blocks")
+
+
+def check_eval(model):
+    """InputError where a SiT is in training mode: it would mask the snippets that it is given."""
+    modules = model.modules() if isinstance(model, nn.Module) else []
+    if any(isinstance(module, SiT) and module.training for module in modules):
+        raise InputError("the network is in training mode: call its eval() before sampling")
+
+
+def checked_noise(v, z, steps, method):
+    """-> z in float32, or float64. InputError for arguments that no sampler takes."""
+    check_eval(v)
+    if steps < 1:
+        raise InputError(f"{steps} steps: expected 1 or more")
+    if method not in ("euler", "heun"):
+        raise InputError(f"unknown method {method}; known: euler, heun")
+    return z.to(torch.promote_types(z.dtype, torch.float32))
 
 
 def fetch(url, path, sha256):

@@ -5,18 +5,18 @@
     python sample.py --ckpt C --new                                    # new images, around rows
     python sample.py --ckpt C --label A                                # of one class
     python sample.py --ckpt C --add new.png photos/                    # external memory
-    python sample.py --ckpt C --mix a.png 17                           # from an image to bank row 17
+    python sample.py --ckpt C --mix a.png 17                           # from an image to row 17
     python sample.py --ckpt C --audit                                  # does it copy?
     python sample.py --ckpt SiT-XL-2-256x256.pt --tokenizer sd-vae-ft-ema  # official weights
 
 An .npz is in ADM's format: arr_0, uint8 (N, H, W, 3). Image i depends on (seed, i) alone, not on
 the batch size or the number of processes (but for rounding). A killed run, started again, resumes.
 
---new takes its snippets from MemoryBank.around: a row of the bank plus a random step in the
-directions in which its neighbours differ. Nothing is fitted; --spread is the size of the step.
+A snippet of --new is a row of the bank plus a random step, of the size --spread, in the directions
+in which the neighbours of the row differ (MemoryBank.around).
 
 The core is `generate`. Below the double ruler come loading, where snippets come from, the audit,
-and last the command line.
+files, and last the command line.
 """
 
 import argparse
@@ -31,39 +31,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import memory
-from memory import (
-    LOCK,
-    Blocks,
-    Images,
-    InputError,
-    MemoryBank,
-    ahead,
-    atomic_write,
-    best_device,
-    cli,
-    default_dtype,
-    defaults,
-    denormalize_latents,
-    feature_source,
-    fingerprint,
-    glyphs,
-    in_batches,
-    in_range,
-    init_distributed,
-    is_glyphs,
-    known_stats,
-    load_array,
-    load_encoder,
-    load_tokenizer,
-    mix,
-    normalize_latents,
-    note,
-    one_writer,
-    rank_world,
-    read_flags,
-    stats_tensor,
-    without_place,
-)
+from memory import InputError, MemoryBank, in_range, note, rank_world
 from model import guided, load_file, load_sit, ode, sde
 
 NEIGHBOURS = 10  # of a row of the bank, that --new takes its step from
@@ -138,7 +106,8 @@ def generate(
 
 def decode(x, meta, tokenizer, dtype="float32"):
     """Latents as the model makes them (B, C, h, w) -> uint8 images (B, H, W, 3), numpy"""
-    return to_images(denormalize_latents(x, stats_tensor(meta, x.device)), tokenizer, dtype)
+    latents = memory.denormalize_latents(x, memory.stats_tensor(meta, x.device))
+    return to_images(latents, tokenizer, dtype)
 
 
 def to_images(latents, tokenizer, dtype="float32"):
@@ -146,33 +115,6 @@ def to_images(latents, tokenizer, dtype="float32"):
     images = torch.cat([tokenizer.decode(part, dtype) for part in latents.split(16)])
     images = ((images + 1) * 127.5).clamp(0, 255).round().byte()
     return images.permute(0, 2, 3, 1).cpu().numpy()
-
-
-def grid(images, columns=None):
-    """uint8 (N, H, W, 3) -> PIL image; small images are enlarged by a whole number"""
-    N, height, width, _ = images.shape
-    if columns is None:
-        columns = max(1, round(N**0.5))
-    sheet = Image.new("RGB", (columns * width, -(-N // columns) * height), "white")
-    for i, image in enumerate(images):
-        row, column = divmod(i, columns)
-        sheet.paste(Image.fromarray(image), (column * width, row * height))
-    zoom = max(1, 64 // height)
-    return sheet.resize((zoom * sheet.width, zoom * sheet.height), Image.NEAREST)
-
-
-def save_images(images, out, columns=None):
-    """uint8 (N, H, W, 3), may be a memmap -> a grid (.png), an .npz, or a folder of PNGs"""
-    if out.endswith(".png"):
-        with atomic_write(out) as temporary:
-            grid(images, columns).save(temporary, "PNG")
-    elif out.endswith(".npz"):
-        with atomic_write(out) as temporary, open(temporary, "wb") as file:
-            np.savez(file, arr_0=images)
-    else:
-        os.makedirs(out, exist_ok=True)
-        for i, image in enumerate(images):
-            Image.fromarray(image).save(os.path.join(out, f"{i:06d}.png"))
 
 
 # ====================== end of the core: loading, snippets, the audit, the command line ==========
@@ -193,7 +135,7 @@ def load_model(args, device):
         return model, content["meta"], args.bank or os.path.join(folder, content["bank"])
 
     settings = {"tokenizer": args.tokenizer, "latent_stats": args.latent_stats}
-    stats = known_stats(settings)
+    stats = memory.known_stats(settings)
     if args.tokenizer is None or (model.config.memory_dim and args.bank is None):
         raise InputError(
             f"{args.ckpt} is not by train.py: name --tokenizer, and with memory --bank"
@@ -213,7 +155,7 @@ def load_bank(path, model, meta):
     dim = model.config.memory_dim
     if bank.dim != dim:
         raise InputError(f"the snippets of {path} have {bank.dim} numbers, not {dim}")
-    trained = feature_source(meta["settings"])
+    trained = memory.feature_source(meta["settings"])
     if "unknown" not in (bank.encoder, trained) and bank.encoder != trained:
         given = f"{path} holds snippets of {bank.encoder}"
         raise InputError(f"{given}, the model was trained on {trained}")
@@ -226,14 +168,14 @@ def encoder_name(args, bank, meta):
     """What load_encoder takes to encode as the bank's features were: --encoder; or what the
     checkpoint was prepared with, if that made the features of the bank"""
     prepared_with = meta["settings"].get("encoder")
-    if args.encoder is None and without_place(prepared_with) == bank.encoder:
+    if args.encoder is None and memory.without_place(prepared_with) == bank.encoder:
         return prepared_with
     return args.encoder or bank.encoder
 
 
 def read_images(paths, size):
     """Image files, folders or arrays -> uint8 (N, size, size, 3)"""
-    sources = [Images(path, size) for path in paths]
+    sources = [memory.Images(path, size) for path in paths]
     return np.concatenate([source.batch(range(len(source))) for source in sources])
 
 
@@ -257,7 +199,7 @@ def mixed_snippets(args, bank, encode, size):
     n = args.num_images
     a, b = [snippet_at(end, bank, encode, size).expand(n, -1) for end in args.mix]
     alpha = torch.linspace(0, 1, n)[:, None]
-    return mix(a, b, alpha, args.mix_method, torch.Generator().manual_seed(args.seed))
+    return memory.mix(a, b, alpha, args.mix_method, torch.Generator().manual_seed(args.seed))
 
 
 def label_number(label, names, counts):
@@ -316,8 +258,8 @@ def new_snippets(args, ids, rows, bank, device):
         parts.append(bank.around(rows[i : i + 1024], noise, args.spread).cpu())
     s = torch.cat(parts)
     note(
-        f"distance of new snippets to the bank, relative to that of its rows to their nearest other "
-        f"one: {novelty(s[:1000], bank):.2f} (0: copies, 1: as new as another image of the data)"
+        "distance of new snippets to the bank, relative to that of its rows to their nearest other "
+        f"row: {novelty(s[:1000], bank):.2f} (0: copies, 1: as new as another image of the data)"
     )
     return s
 
@@ -340,7 +282,7 @@ def audit_data(args, bank_path, bank, config, meta, tokenizer, device):
     --audit, or glyphs of another seed for a training on glyphs; or None"""
     if len(bank) < 2:
         raise InputError(f"--audit compares the rows of a bank; {bank_path} has only one")
-    data = load_array(os.path.join(os.path.dirname(bank_path), "latents.npy"))
+    data = memory.load_array(os.path.join(os.path.dirname(bank_path), "latents.npy"))
     expected = (len(bank), config.in_channels, config.input_size, config.input_size)
     if data.shape != expected:
         there = f"beside {bank_path}, of {len(bank):,} rows, are latents {data.shape}"
@@ -349,18 +291,18 @@ def audit_data(args, bank_path, bank, config, meta, tokenizer, device):
     if args.audit:
         images = read_images([args.audit], size)
         images = images[:: -(-len(images) // args.num_images)]
-    elif is_glyphs(meta["settings"].get("source", "")):
-        images, _ = glyphs(args.num_images, size, seed=1, characters=meta["classes"])
+    elif memory.is_glyphs(meta["settings"].get("source", "")):
+        images, _ = memory.glyphs(args.num_images, size, seed=1, characters=meta["classes"])
     else:
         return data, None
-    return data, in_batches(tokenizer.encode, images, device)
+    return data, memory.in_batches(tokenizer.encode, images, device)
 
 
 def flat_latents(latents, stats):
     """Latents as they are stored, an array or a tensor -> as the model sees them, (B, n) float32"""
     if not torch.is_tensor(latents):
         latents = torch.from_numpy(np.array(latents))  # a copy, as files are mapped read-only
-    return normalize_latents(latents, stats).flatten(1)
+    return memory.normalize_latents(latents, stats).flatten(1)
 
 
 def nearest_latents(x, data, stats):
@@ -409,13 +351,43 @@ def audit(made, own, data, stats, held_out=None):
 
 def audit_images(images, rows, data, held_out, meta, tokenizer, device):
     """-> the first images, below them those of their snippets, then the nearest of the training"""
-    made = in_batches(tokenizer.encode, images, device)
-    nearest = audit(made, rows, data, stats_tensor(meta, "cpu"), held_out)
+    made = memory.in_batches(tokenizer.encode, images, device)
+    nearest = audit(made, rows, data, memory.stats_tensor(meta, "cpu"), held_out)
     known = [data[nearest[:16]]]
     if rows is not None:
         known = [data[rows[:16]], *known]
     known = torch.from_numpy(np.concatenate(known)).to(device)
     return np.concatenate([images[:16], to_images(known, tokenizer)])
+
+
+# ------------------------------------------------------------------------------- pictures and files
+
+
+def grid(images, columns=None):
+    """uint8 (N, H, W, 3) -> PIL image; small images are enlarged by a whole number"""
+    N, height, width, _ = images.shape
+    if columns is None:
+        columns = max(1, round(N**0.5))
+    sheet = Image.new("RGB", (columns * width, -(-N // columns) * height), "white")
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        sheet.paste(Image.fromarray(image), (column * width, row * height))
+    zoom = max(1, 64 // height)
+    return sheet.resize((zoom * sheet.width, zoom * sheet.height), Image.NEAREST)
+
+
+def save_images(images, out, columns=None):
+    """uint8 (N, H, W, 3), may be a memmap -> a grid (.png), an .npz, or a folder of PNGs"""
+    if out.endswith(".png"):
+        with memory.atomic_write(out) as temporary:
+            grid(images, columns).save(temporary, "PNG")
+    elif out.endswith(".npz"):
+        with memory.atomic_write(out) as temporary, open(temporary, "wb") as file:
+            np.savez(file, arr_0=images)
+    else:
+        os.makedirs(out, exist_ok=True)
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(os.path.join(out, f"{i:06d}.png"))
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -452,11 +424,7 @@ SAMPLER = {  # of generate
 SETTINGS = {
     "ckpt": (None, {"required": True}, "checkpoint file, or the folder of a training"),
     "out": (None, str, ".png (a grid), .npz, or a folder (default: a .png beside CKPT)"),
-    "num_images": (
-        None,
-        in_range(1),
-        "number of images (default: 64; with --add or --mix 8 for each line)",
-    ),
+    "num_images": (None, in_range(1), "number of images (default: 64; with --add, --mix 8 a row)"),
     "batch_size": (64, in_range(1), "images of one forward pass"),
     **SAMPLER,
     "label": (None, str, "class of all images: a name in meta.json, or a number"),
@@ -481,11 +449,7 @@ SETTINGS = {
     ),
     "bank": (None, str, "bank file, in place of the checkpoint's"),
     "encoder": (None, str, "for --add and --mix: file with the weights of the bank's encoder"),
-    "tokenizer": (
-        None,
-        str,
-        "autoencoder of official weights, or a file with the checkpoint's own",
-    ),
+    "tokenizer": (None, str, "autoencoder of official weights, or the checkpoint's own as a file"),
     "latent_stats": (None, str, "with official weights: file with mean and std of latents"),
     "device": (None, str, "cuda, mps or cpu (default: the best there is)"),
     "compile": (False, bool, "compile the network by torch.compile"),
@@ -493,8 +457,8 @@ SETTINGS = {
 
 
 def arguments():
-    args = argparse.Namespace(**defaults(SETTINGS))
-    vars(args).update(read_flags(SETTINGS, "Samples from a GMem checkpoint."))
+    args = argparse.Namespace(**memory.defaults(SETTINGS))
+    vars(args).update(memory.read_flags(SETTINGS, "Samples from a GMem checkpoint."))
     low, high = args.cfg_interval
     if not low <= high:
         raise InputError(f"--cfg-interval {low} {high}: LO is above HI")
@@ -544,7 +508,7 @@ def check_out(out, count):
         return
     if not os.path.isdir(out):
         raise InputError(f"--out {out} is a file: give a .png, an .npz, or the name of a folder")
-    foreign = set(os.listdir(out)) - {f"{i:06d}.png" for i in range(count)} - {LOCK}
+    foreign = set(os.listdir(out)) - {f"{i:06d}.png" for i in range(count)} - {memory.LOCK}
     if foreign:
         raise InputError(f"--out {out}: the folder holds other files, such as {min(foreign)}")
 
@@ -553,8 +517,8 @@ def image_settings(args, meta, tokenizer_name, ids, s, y):
     """What the pixels of a sampling depend on: a killed run resumes with the same only."""
     settings = {name: getattr(args, name) for name in SAMPLER}
     settings["decoder_dtype"] = args.decoder_dtype
-    settings["checkpoint"] = fingerprint(args.ckpt)
-    settings["tokenizer"] = fingerprint(tokenizer_name) or tokenizer_name
+    settings["checkpoint"] = memory.fingerprint(args.ckpt)
+    settings["tokenizer"] = memory.fingerprint(tokenizer_name) or tokenizer_name
     settings["latent_stats"] = [meta["mean"], meta["std"]]
     settings["checksum_of_numbers"] = zlib.crc32(np.array(ids))
     settings["checksum_of_snippets"] = None if s is None else zlib.crc32(s.numpy())
@@ -567,7 +531,7 @@ def make_images(args, model, meta, tokenizer, settings, ids, s, y):
     device = next(model.parameters()).device
     size = model.config.input_size * tokenizer.factor
     arrays = {"images.npy": ((len(ids), size, size, 3), "uint8")}
-    blocks = Blocks(f"{args.out}.parts", settings, arrays, args.batch_size)
+    blocks = memory.Blocks(f"{args.out}.parts", settings, arrays, args.batch_size)
     sampler = {name: getattr(args, name) for name in SAMPLER}
 
     def latents(rows):
@@ -578,7 +542,7 @@ def make_images(args, model, meta, tokenizer, settings, ids, s, y):
 
     made = map(latents, blocks.todo)
     if device.type == "cuda":  # the next batch is made while one is decoded and written
-        made = ahead(latents, blocks.todo)
+        made = memory.ahead(latents, blocks.todo)
     with blocks.bar("sampling") as bar:
         for rows, x in zip(blocks.todo, made):
             blocks.write(rows, images=decode(x, meta, tokenizer, args.decoder_dtype))
@@ -636,21 +600,21 @@ def planned(args, config, meta, bank, encode, size, device):
 
 def main():
     args = arguments()
-    device = best_device(args.device)
-    init_distributed(device)
+    device = memory.best_device(args.device)
+    memory.init_distributed(device)
     args.decoder_dtype = args.dtype or "float32"  # as in the official code
-    args.dtype = args.dtype or default_dtype(device)
+    args.dtype = args.dtype or memory.default_dtype(device)
     model, meta, bank_path = load_model(args, device)
     config = model.config
     check(args, config)
     tokenizer_name = args.tokenizer or meta["settings"]["tokenizer"]
-    tokenizer = load_tokenizer(tokenizer_name, device)
+    tokenizer = memory.load_tokenizer(tokenizer_name, device)
     size = config.input_size * tokenizer.factor
     bank = load_bank(bank_path, model, meta)
 
     def encode(images):
-        encoder = load_encoder(encoder_name(args, bank, meta), device)
-        return in_batches(lambda x: encoder(x)[0], images, device)
+        encoder = memory.load_encoder(encoder_name(args, bank, meta), device)
+        return memory.in_batches(lambda x: encoder(x)[0], images, device)
 
     plan = planned(args, config, meta, bank, encode, size, device)
     check_out(args.out, len(plan.ids) + len(plan.given))
@@ -659,7 +623,7 @@ def main():
     if args.compile:
         model = torch.compile(model)
     settings = image_settings(args, meta, tokenizer_name, plan.ids, plan.s, plan.y)
-    with one_writer(args.out):
+    with memory.one_writer(args.out):
         if args.save_bank is not None and rank_world()[0] == 0:
             plan.extended.save(args.save_bank)
         blocks = make_images(args, model, meta, tokenizer, settings, plan.ids, plan.s, plan.y)
@@ -678,4 +642,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli(main)
+    memory.cli(main)

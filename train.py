@@ -6,10 +6,10 @@
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT train.py \\
         --data PREPARED                                    # prepared first, on one node
 
-Writes OUT/ckpt.pt, log.jsonl, samples.png and samples-NNNNNNN.png (by the EMA weights). With --resume it goes on where
-OUT/ckpt.pt ends, or begins if that file does not exist yet: one command for a scheduler that restarts
-jobs. SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1 save first. A step whose loss or gradient is not
-finite changes nothing.
+Writes OUT/ckpt.pt, log.jsonl, samples.png and samples-NNNNNNN.png (by the EMA weights). With
+--resume it goes on where OUT/ckpt.pt ends, or begins if that file does not exist yet: one command
+for a scheduler that restarts jobs. SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1 save first. A step
+whose loss or gradient is not finite changes nothing.
 Randomness belongs to the micro-batch, (seed, step, index), never to the process: 1 process that
 accumulates 8 micro-batches and 8 processes with one each take the same steps, up to rounding.
 """
@@ -101,6 +101,7 @@ PRESETS = {
 }
 
 positive = in_range(1e-9, kind=float)
+not_negative = in_range(0, kind=float)
 
 
 def scale(text):
@@ -123,30 +124,18 @@ SETTINGS = {
     "mask": (0.4, fraction, "part of each snippet's entries that training sets to zero"),
     "zero_init": (True, bool, "adaLN and the last layer start at zero (official GMem: no)"),
     "align_depth": (4, in_range(1), "number of the block whose tokens --align compares"),
-    "steps": (1300, in_range(1), "training steps in all, with those before --resume"),
+    "steps": (1300, in_range(1), "training steps, with those before --resume; scales --decay"),
     "batch_size": (128, in_range(1), "images of one step, over all processes"),
-    "micro_batch": (
-        None,
-        in_range(1),
-        "images of a forward pass (default: up to 128, 32,768 tokens)",
-    ),
+    "micro_batch": (None, in_range(1), "images of a forward pass (default: up to 32,768 tokens)"),
     "lr": (2e-3, positive, "peak learning rate of AdamW"),
     "beta2": (0.95, fraction, "decay rate of AdamW's second moments"),
     "warmup": (50, in_range(0), "steps of linear warm-up of the learning rate"),
-    "decay": (
-        (750, 1300),
-        steps_from_to,
-        "from step A to B the rate falls to 0; 0 0: it stays (--steps alone scales A, B)",
-    ),
+    "decay": ((750, 1300), steps_from_to, "steps A B: the rate falls to 0 from A to B; 0 0: never"),
     "clip": (1.0, positive, "largest gradient norm; larger gradients are scaled down to it"),
     "ema": (0.9999, fraction, "decay rate of the moving average of the weights (EMA)"),
     "ema_ramp": (True, bool, "the EMA's decay rate is at most (1 + step) / (10 + step)"),
     "drop": (0.1, fraction, "part of the images that is shown with the null condition"),
-    "align": (
-        0.0,
-        in_range(0, kind=float),
-        "weight of REPA's alignment loss; needs memory.py --patches",
-    ),
+    "align": (0.0, not_negative, "weight of REPA's alignment loss; needs memory.py --patches"),
     "t_mean": (-0.8, any_number, "mean of the logit of the times t (official GMem: 0)"),
     "t_std": (0.8, positive, "standard deviation of the logit of t (official GMem: 1)"),
     "seed": (0, in_range(0, 2**63), "seed of initial weights, order of images, noise and masks"),
@@ -154,11 +143,7 @@ SETTINGS = {
     "out": ("out", str, "folder of all that is written"),
     "resume": (False, bool, "go on where OUT/ckpt.pt ends, or begin if it does not exist"),
     "save_every": (325, in_range(1), "steps between checkpoints, each of which replaces the last"),
-    "keep_every": (
-        None,
-        in_range(1),
-        "steps between EMA weights that are kept: OUT/ema-NNNNNNN.pt",
-    ),
+    "keep_every": (None, in_range(1), "steps between EMA weights kept as OUT/ema-NNNNNNN.pt"),
     "preview": (True, bool, "write OUT/samples.png with each checkpoint"),
     "log_every": (50, in_range(1), "steps between lines of OUT/log.jsonl"),
     "device": (None, str, "device: cuda, mps or cpu (default: the best available)"),
@@ -300,8 +285,8 @@ class Trainer:
 
     @torch.no_grad()
     def update(self, loss):
-        """One step by the gradients of the last backward pass -> gradient norm. Where the loss or the
-        norm is not finite, nothing changes. All of it stays on the device, which is not waited for."""
+        """One step by the gradients of the last backward pass -> gradient norm. Where the loss or
+        the norm is not finite, nothing changes. The device is not waited for."""
         self.optimizer.param_groups[0]["lr"] = learning_rate(self.step, self.args)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.args.clip)
         finite = torch.isfinite(loss + norm)  # the same on all processes
@@ -315,7 +300,7 @@ class Trainer:
         return norm
 
     def update_ema(self, finite):
-        """ema = decay ema + (1 - decay) model; finite: a tensor, 0 or 1: without it nothing changes"""
+        """ema = decay ema + (1 - decay) model; finite: a tensor, 0 (nothing changes) or 1"""
         decay = self.args.ema
         if self.args.ema_ramp:
             decay = min(decay, (1 + self.step) / (10 + self.step))
@@ -418,14 +403,14 @@ def train(trainer, net, loader, micro_batch, accumulate, tokenizer):
             break
 
 
-# ======================================== end of the core ===========================================
+# ======================================= end of the core ==========================================
 
 
 def note_signals():
     """-> a list, empty until SIGTERM, SIGINT, SIGHUP or SIGUSR1 comes, then with the time of it.
 
-    A second one ends the process, but not within 2 s: torchrun passes on what a scheduler has sent to
-    all processes. A signal that is ignored, as SIGHUP is under nohup, stays ignored."""
+    A second one ends the process, but not within 2 s: torchrun passes on what a scheduler has sent
+    to all processes. A signal that is ignored, as SIGHUP is under nohup, stays ignored."""
     times = []
 
     def note(number, frame):
@@ -511,7 +496,7 @@ def base_names(settings):
 
 
 def prepared_folder(args, given, checkpoint, device):
-    """-> the prepared folder of a run: --data, or OUT/data, which is prepared now if it is not yet"""
+    """-> the prepared folder of a run: --data, or OUT/data, which is prepared now if need be"""
     folder = args.data
     if checkpoint is not None and "data" not in given:
         with_run = os.path.join(args.out, os.path.dirname(checkpoint["bank"]))
@@ -581,8 +566,8 @@ def new_config(args, loader):
 def split(batch_size, micro_batch, num_processes, most=MICRO_BATCH, before=None):
     """-> micro-batch size, micro-batches of each process
 
-    Without a micro_batch it is `before`, the one of a resumed run, as the noise depends on it; where
-    that does not divide the batch, it is the largest up to `most` that does."""
+    Without a micro_batch it is `before`, the one of a resumed run, as the noise depends on it;
+    where that does not divide the batch, it is the largest up to `most` that does."""
     if batch_size % num_processes != 0:
         less = batch_size // num_processes * num_processes
         fits = f"{less or num_processes} or {less + num_processes}"
