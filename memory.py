@@ -1518,7 +1518,8 @@ def read_flags(settings, description, groups=None):
         if kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
         elif isinstance(kind, tuple):
-            options = {"choices": kind}
+            options = {"choices": kind, "metavar": name.upper()}
+            text = f"{text}: {', '.join(kind)}"
         elif isinstance(kind, dict):
             options = kind
         else:
@@ -1819,12 +1820,12 @@ DATA_SETTINGS = {
     "max_pixels": (
         None,
         in_range(1),
-        "allow images of up to twice as many pixels (Pillow's limit)",
+        "half of the pixels that the largest image may have (default: Pillow's)",
     ),
 }
 BANK_SETTINGS = {
     "features": (None, str, ".npy or .pt (N, D), encoded elsewhere; without --data OUT is a bank"),
-    "dtype": ("int8", DTYPES, "dtype of the bank's coefficients (--rank full: no int8)"),
+    "dtype": ("int8", DTYPES, "dtype of the bank's coefficients (with --rank full not int8)"),
     "patches": (False, bool, "keep the patch tokens too, for train.py --align"),
 }
 

@@ -397,11 +397,7 @@ MIXES = ("slerp", "lerp", "concat", "mask")
 # name: (default, type, help)
 SAMPLER = {  # of generate
     "seed": (0, in_range(0, 2**63), "seed of everything that is random"),
-    "method": (
-        "heun",
-        METHODS,
-        "integrator: euler, heun for the ODE, sde-euler, sde-heun for the SDE",
-    ),
+    "method": ("heun", METHODS, "integrator of the ODE, or with sde- of the SDE"),
     "steps": (25, in_range(1), "steps of the integrator"),
     "shift": (
         0.0,
@@ -418,7 +414,7 @@ SAMPLER = {  # of generate
     "dtype": (
         None,
         ("bfloat16", "float32"),
-        "dtype of network and decoder (default: on CUDA a network in bfloat16)",
+        "dtype of network and decoder, by default float32, but bfloat16 for the network on CUDA",
     ),
 }
 SETTINGS = {
@@ -433,7 +429,7 @@ SETTINGS = {
     "add": (
         None,
         {"nargs": "+", "metavar": "IMAGES"},
-        "image files or folders; a line of the grid for each image",
+        "make images of these files or folders, a line of the grid for each",
     ),
     "save_bank": (None, str, "with --add: file for the bank extended by their snippets"),
     "mix": (
@@ -441,7 +437,7 @@ SETTINGS = {
         {"nargs": 2, "metavar": ("A", "B")},
         "interpolate from A to B, each an image file or a row number of the bank",
     ),
-    "mix_method": ("slerp", MIXES, "with --mix: way from A to B"),
+    "mix_method": ("slerp", MIXES, "with --mix: the way from A to B"),
     "audit": (
         None,
         {"nargs": "?", "const": ""},
@@ -454,11 +450,18 @@ SETTINGS = {
     "device": (None, str, "cuda, mps or cpu (default: the best there is)"),
     "compile": (False, bool, "compile the network by torch.compile"),
 }
+# the first setting of each group of --help
+GROUPS = {
+    "ckpt": "files",
+    "seed": "sampler",
+    "label": "what is made",
+    "bank": "networks and device",
+}
 
 
 def arguments():
     args = argparse.Namespace(**memory.defaults(SETTINGS))
-    vars(args).update(memory.read_flags(SETTINGS, "Samples from a GMem checkpoint."))
+    vars(args).update(memory.read_flags(SETTINGS, "Samples from a GMem checkpoint.", GROUPS))
     low, high = args.cfg_interval
     if not low <= high:
         raise InputError(f"--cfg-interval {low} {high}: LO is above HI")

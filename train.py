@@ -117,7 +117,7 @@ SETTINGS = {
     "data": ("glyphs", str, "prepared folder, or images, which are prepared into OUT/data"),
     **DATA_SETTINGS,
     "image_size": (32, in_range(1), "height and width that images are cropped to"),
-    "model": ("SiT-T/16", tuple(CONFIGS), "network, one of CONFIGS in model.py"),
+    "model": ("SiT-T/16", tuple(CONFIGS), "network"),
     "condition": ("memory", CONDITIONS, "what the network sees: a snippet, a label, or nothing"),
     "scale": ("unit", scale, "factor on snippets; unit: centred snippets of unit variance"),
     "memory_tokens": (None, bool, "add the snippet to each token too (default: in SiT-T)"),
@@ -147,7 +147,7 @@ SETTINGS = {
     "preview": (True, bool, "write OUT/samples.png with each checkpoint"),
     "log_every": (50, in_range(1), "steps between lines of OUT/log.jsonl"),
     "device": (None, str, "device: cuda, mps or cpu (default: the best available)"),
-    "dtype": (None, ("bfloat16", "float32"), "dtype of the network (default: bfloat16 on CUDA)"),
+    "dtype": (None, ("bfloat16", "float32"), "dtype of the network, by default bfloat16 on CUDA"),
     "compile": (None, bool, "compile the network by torch.compile (default: on CUDA)"),
 }
 # the first setting of each group of --help
