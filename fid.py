@@ -3,7 +3,7 @@ ADM's evaluator.py (openai/guided-diffusion) defines them, and KID.
 
     FID        |mu - mu'|^2 + tr(S + S' - 2 (S S')^1/2), of mean and covariance of pooled features
     sFID       the same of 7 channels of an inner layer, at 17 x 17 places
-    IS         exp of the mean KL(p(y|x) | p(y)) within 5,000 images, averaged over such splits
+    IS         exp of the mean KL(p(y|x) || p(y)), averaged over splits of 5,000 images
     precision  the part of the samples within the 3rd-neighbour radius of some reference image
     recall     the part of the reference images within that radius of some sample
     KID        E k(x, x') + E k(y, y') - 2 E k(x, y), k(x, y) = (x.y / D + 1)^3

@@ -1,9 +1,9 @@
 """The memory of GMem (arXiv 2412.08781): one snippet per training image, in an immutable bank.
 
     snippet        s_i = f_i / |f_i|                 f_i: features of image i under a frozen encoder
-    truncated SVD  s_i ~ mean + sum_k c_ik basis_k   k = 1 .. rank; then scaled to unit norm again
-                   (of the centred snippets: PCA)
-    storage        c_i ~ scale_i coef_i              coef int8, scale_i = max_k |c_ik| / 127
+    truncated SVD  s_i ~ mean + c_i basis            c_i: r numbers, basis: r orthonormal rows; then
+                   (of the centred snippets: PCA)    scaled to unit norm again
+    storage        c_i ~ scale_i coef_i              coef int8, scale_i = max |c_i| / 127
     mask           a random part of the entries of s set to zero, the rest divided by 1 - ratio
     new snippet    c_i + spread / sqrt(k) sum_j noise_j (c_j - their mean)     j: k neighbours of i
 
@@ -11,9 +11,9 @@
     python memory.py --data SRC --out DIR --features F.npy    # features encoded elsewhere
     python memory.py --features F.npy --out bank.pt           # a bank alone
 
-SRC is a folder of images (flat, or class sub-folders, which become labels), one image, an .npy or
-.npz of uint8 (N, H, W, 3), or `glyphs`, a data set drawn on the spot. DIR gets latents.npy,
-labels.npy, bank.pt, files.txt and meta.json.
+SRC is a folder of images (flat, or class sub-folders, which become labels), one image, uint8
+(N, H, W, 3) in an .npy or .npz (arr_0; labels: arr_1), or `glyphs`, a data set drawn on the spot.
+DIR gets latents.npy, labels.npy, bank.pt, files.txt and meta.json.
 
 The core comes first: mask, mix, the truncated SVD, MemoryBank. For these the file can be copied
 alone; networks need model.py. Below the double ruler come images, tokenizers, encoders, the
@@ -160,34 +160,37 @@ def snippet_blocks(features, row_range, device, what):
         yield rows, block / norm
 
 
-def gram_sums(features, row_range, device):
-    """-> sum of s (D,), sum of s s^T (D, D), its upper triangle alone; float64"""
+def gram_sums(features, row_range, origin, device):
+    """-> sum of d = s - origin (D,), sum of d d^T (D, D), its upper triangle alone; float64"""
     D = features.shape[1]
     total = torch.zeros(D, dtype=torch.float64, device=device)
     gram = torch.zeros(D, D, dtype=torch.float64, device=device)
     for _, s in snippet_blocks(features, row_range, device, "mean and Gram matrix"):
         if device.type != "cpu":
             s = s.double()
-        total += s.sum(0)
+        d = s - origin
+        total += d.sum(0)
         for i in range(0, D, 128):
-            gram[i : i + 128, i:] += s[:, i : i + 128].T @ s[:, i:]
+            gram[i : i + 128, i:] += d[:, i : i + 128].T @ d[:, i:]
     return total, gram
 
 
-def directions_of_many(features, row_range, distributed, device):
+def directions_by_covariance(features, row_range, distributed, device):
     """For N >= D, by the D x D covariance: see principal_directions."""
-    total, gram = gram_sums(features, row_range, device)
+    N = features.shape[0]
+    # near the mean: snippets that differ little would lose their digits in sums of s s^T
+    origin = next(snippet_blocks(features, range(min(N, BLOCK)), device, "origin"))[1].mean(0)
+    total, gram = gram_sums(features, row_range, origin, device)
     if distributed:
         all_reduce(total)
         all_reduce(gram)
-    N = features.shape[0]
     mean = total / N
     covariance = gram / N - torch.outer(mean, mean)
     values, vectors = torch.linalg.eigh(covariance, UPLO="U")  # ascending
-    return mean, vectors.flip(1).T.contiguous(), values.flip(0)
+    return origin + mean, vectors.flip(1).T.contiguous(), values.flip(0)
 
 
-def directions_of_few(features, device):
+def directions_by_svd(features, device):
     """For N < D, by the SVD of the centred snippets: see principal_directions."""
     N = features.shape[0]
     s = torch.cat([s for _, s in snippet_blocks(features, range(N), device, "snippets")]).double()
@@ -198,13 +201,15 @@ def directions_of_few(features, device):
 
 def principal_directions(features, row_range, distributed, device):
     """-> mean of the snippets (D,); eigenvectors of their covariance, orthonormal rows
-    (min(N, D), D), most energy first; the part of the variance that the first 1, 2, .. of them
+    (min(N, D), D), largest variance first; the part of the variance that the first 1, 2, .. of them
     keep. All float64; the same on all processes."""
     N, D = features.shape
     if N >= D:
-        mean, directions, values = directions_of_many(features, row_range, distributed, device)
+        mean, directions, values = directions_by_covariance(
+            features, row_range, distributed, device
+        )
     else:
-        mean, directions, values = directions_of_few(features, device)
+        mean, directions, values = directions_by_svd(features, device)
     if distributed and rank_world()[1] > 1:
         dist.broadcast(directions, 0)  # the last bit may differ between processes
     values = values.clamp_min(0)
@@ -224,7 +229,7 @@ class MemoryBank:
     Wherever (B, D) is taken, one vector (D,) is taken, too. Nothing here has a gradient."""
 
     mean: np.ndarray  # (D,) float32
-    basis: np.ndarray  # (r, D) float32, orthonormal rows, most energy first
+    basis: np.ndarray  # (r, D) float32, orthonormal rows, largest variance first
     coef: np.ndarray  # (N, r) int8, float16 or float32
     scale: np.ndarray  # (N,) float32: what one step of a row is worth (1 for floats)
     labels: np.ndarray  # (N,) int64, -1 where there is none; (0,): the bank has none
@@ -285,7 +290,7 @@ class MemoryBank:
         device = float64_device(device)
         row_range = range(N * process // num_processes, N * (process + 1) // num_processes)
         mean, directions, kept = principal_directions(features, row_range, distributed, device)
-        bank = MemoryBank(
+        bank = MemoryBank(  # without rows yet
             mean=mean.float().cpu().numpy(),
             basis=directions[:rank].float().cpu().numpy(),
             coef=np.empty((0, rank), dtype),
@@ -460,7 +465,7 @@ class MemoryBank:
     @isolated
     def neighbours(self, rows, k, same_class=True):
         """rows (B,) -> cosine (B, k), index (B, k) of the k other rows most similar to each, the
-        most similar first; of its own class, where the bank has labels. Equal rows count once.
+        most similar first; of its own class, where it has a label. Equal rows count once.
         Where there are fewer than k: cosine -1, index -1."""
         rows = np.asarray(torch.as_tensor(rows).cpu()).reshape(-1)
         labels, representative, first_rows = self.distinct
@@ -471,7 +476,7 @@ class MemoryBank:
         sorted_labels = labels[first_rows]
         for label in np.unique(labels[rows]):
             start, stop = np.searchsorted(sorted_labels, [label, label + 1])
-            candidates = first_rows[start:stop]
+            candidates = first_rows if label < 0 else first_rows[start:stop]
             places = np.flatnonzero(labels[rows] == label)
             found = self.search(self[rows[places]], k + 1, candidates)
             own = torch.from_numpy(representative[rows[places]]).to(self.device)
@@ -492,8 +497,8 @@ class MemoryBank:
 
         rows   (B,) row numbers
         noise  (B, k) standard normal numbers; k is the number of neighbours, at most
-        A row with fewer than k neighbours (of its class) takes those that there are; one with less
-        than two has no covariance, and comes back as it is."""
+        A row with fewer than k neighbours (of its class) uses all of them; one with fewer than two
+        comes back unchanged."""
         noise = torch.as_tensor(noise, dtype=torch.float32, device=self.device)
         rows = torch.as_tensor(rows, device="cpu")
         k = noise.shape[-1]
@@ -511,7 +516,7 @@ class MemoryBank:
     @isolated
     def extend(self, features, limit=None, labels=None):
         """-> a new bank: the rows of this one, which stay what they are, then features (B, D).
-        What the basis lacks of them becomes new directions, most energy first: up to one for each
+        Their part outside of the basis becomes new directions, largest first: up to one for each
         image, so the rank grows from call to call. The whole bank is copied: add images in one
         call rather than in many. Mixes of rows lie within the basis and add no direction.
 
@@ -552,7 +557,7 @@ class MemoryBank:
         exact = 4e-6 * len(self) * self.dim
         return (
             f"N {len(self):,}, D {self.dim}, rank {self.rank} keeps {100 * self.energy:.1f} % of "
-            f"energy, {self.coef.dtype}: {size:,.1f} MB against {exact:,.1f} MB, "
+            f"the variance, {self.coef.dtype}: {size:,.1f} MB against {exact:,.1f} MB, "
             f"by {self.encoder}, id {self.id}"
         )
 
@@ -1519,7 +1524,7 @@ def read_flags(settings, description, groups=None):
             options = {"action": argparse.BooleanOptionalAction}
         elif isinstance(kind, tuple):
             options = {"choices": kind, "metavar": name.upper()}
-            text = f"{text}: {', '.join(kind)}"
+            text = f"{text} [{', '.join(kind)}]"
         elif isinstance(kind, dict):
             options = kind
         else:
@@ -1746,7 +1751,7 @@ def lock_path(out):
     """The lock file of an output: in a folder; beside a file (.npz, .png, .pt)"""
     out = os.path.abspath(out)  # without a slash at its end
     folder, name = os.path.split(out)
-    if name.endswith((".npz", ".png", ".pt")) and not os.path.isdir(out):
+    if name.lower().endswith((".npz", ".png", ".pt")) and not os.path.isdir(out):
         return os.path.join(folder, f".{name}{LOCK}")
     return os.path.join(out, LOCK)
 
@@ -1820,7 +1825,7 @@ DATA_SETTINGS = {
     "max_pixels": (
         None,
         in_range(1),
-        "half of the pixels that the largest image may have (default: Pillow's)",
+        "refuse images of more than twice as many pixels (default: Pillow's)",
     ),
 }
 BANK_SETTINGS = {

@@ -61,7 +61,9 @@ class SiTConfig:
     rope: bool = False
     qk_norm: bool = False
     zero_init: bool = True  # adaLN-zero: every block starts as the identity, the output as zero
-    predict_x: bool = False  # the network gives x, v = (x - x_t) / (1 - t): for large patches
+    predict_x: bool = (
+        False  # the network gives x, v = (x - x_t) / max(1 - t, 0.05): for large patches
+    )
     align_dim: int = 0  # REPA: block align_depth is projected to features of this width; 0: off
     align_depth: int = 4
 
@@ -152,7 +154,7 @@ class Rope2d(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; norm: what makes the norms of queries and keys."""
+    """Multi-head self-attention; norm(width) -> the norm of queries, or keys."""
 
     def __init__(self, width, num_heads, norm=nn.Identity):
         super().__init__()
@@ -192,7 +194,7 @@ def block_norm(config):
 
 
 def head_norm(config):
-    """The class of the norm of queries and keys."""
+    """-> function: width -> the norm of queries, or keys"""
     if not config.qk_norm:
         return nn.Identity
     if config.rmsnorm:
@@ -270,7 +272,7 @@ class SiT(nn.Module):
         """linear layers, patch embedding (flattened)    Xavier uniform, bias 0
         norms                                         1, bias 0
         t_embedder, y_embedder                        normal, std 0.02
-        adaLN, final_layer.linear                     0 (without zero_init: as others, as in GMem)
+        adaLN, final_layer.linear                     0 (official GMem, zero_init=False: as others)
         buffers                                       position tables; memory_mean 0
         """
         for module in self.modules():
@@ -315,14 +317,14 @@ class SiT(nn.Module):
         dtype = self.t_embedder.mlp[0].weight.dtype  # FSDP casts weights, not buffers
         x = x.to(dtype)
         c = self.t_embedder(timestep_embedding(t).to(dtype))  # (B, h)
-        h = self.x_embedder(x) + self.pos_embed.to(dtype)  # (B, T, h)
+        tokens = self.x_embedder(x) + self.pos_embed.to(dtype)  # (B, T, h)
         if config.memory_dim:
             if s is None:
                 s = x.new_zeros(x.shape[0], config.memory_dim)
             s = self.shown_snippets(s).to(dtype)
             c = c + self.condition_projection(s)
             if config.memory_tokens:
-                h = h + self.token_projection(s).view(h.shape)
+                tokens = tokens + self.token_projection(s).view(tokens.shape)
         if config.num_classes:
             if y is None:
                 y = torch.full((x.shape[0],), -1, device=x.device)
@@ -330,11 +332,11 @@ class SiT(nn.Module):
 
         projected = None
         for i, block in enumerate(self.blocks, start=1):
-            h = block(h, c, self.feat_rope)
+            tokens = block(tokens, c, self.feat_rope)
             if self.training and config.align_dim and i == config.align_depth:
-                projected = self.projector[0](h)
+                projected = self.projector[0](tokens)
 
-        v = self.unpatchify(self.final_layer(h, c))
+        v = self.unpatchify(self.final_layer(tokens, c))
         if config.predict_x:  # it is x until here; the bound keeps v finite
             v = (v - x) / (1 - t[:, None, None, None]).clamp_min(0.05).to(dtype)  # arXiv 2511.13720
         return v if projected is None else (v, projected)
@@ -345,7 +347,7 @@ class SiT(nn.Module):
 
 def cosine(v, u):
     """Cosine over channels, (B, C, H, W) -> (B, H, W). |v| counts as at least 0.1, because the
-    gradient is 1 / |v|. F.cosine_similarity would take a quarter of a step on a CPU."""
+    gradient is 1 / |v|. F.cosine_similarity would take 25 % of a training step's time on a CPU."""
     v_square = v.square().sum(1).clamp_min(1e-2)
     u_square = u.square().sum(1).clamp_min(1e-8)
     return (v * u).sum(1) * (v_square * u_square).rsqrt()
@@ -361,7 +363,7 @@ def flow_loss(
     cond_drop_prob  part of the images that are shown with the null condition
     targets         (B, T, align_dim) features for the projected tokens (REPA); align: their weight
     t_mean, t_std   mean and standard deviation of the logit of t, which is normal
-    All draws are from torch's default generator: t, z, and which images to drop, in this order.
+    All draws are from torch's default generator: t, z, which images to drop; then the model's mask.
     """
     x = x.float()
     B = x.shape[0]
@@ -454,8 +456,8 @@ def guided(model, s=None, y=None, cfg=1.0, interval=(0.0, 1.0)):
     model     SiT, or what wraps it (DDP, FSDP, torch.compile, AveragedModel), in eval mode
     cfg       guidance scale, on all channels; 1: no guidance
     interval  LO, HI: guidance only while LO <= t <= HI
-    Called by itself, v always evaluates the network twice, as it cannot see t without waiting for a
-    GPU. ode and sde know t as a number, and save the second evaluation outside of the interval.
+    Called by itself with cfg != 1, v evaluates the network twice: it cannot see t without waiting
+    for a GPU. ode and sde know t as a number: outside of the interval they evaluate it once.
     """
     low = interval[0] - 1e-6  # t is float32
     high = interval[1] + 1e-6

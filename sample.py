@@ -307,11 +307,15 @@ def flat_latents(latents, stats):
 
 def nearest_latents(x, data, stats):
     """x (B, n) flat -> root mean square distances (B, 2) to the two nearest of data, their rows"""
-    distances = []
+    nearest = x.new_empty(len(x), 0)
+    rows = torch.empty(len(x), 0, dtype=torch.int64)
     for i in tqdm(range(0, len(data), 1024), "comparing", unit="block", leave=False):
-        distances.append(torch.cdist(x, flat_latents(data[i : i + 1024], stats)))
-    distance, rows = torch.cat(distances, dim=1).topk(2, largest=False)
-    return distance / x.shape[1] ** 0.5, rows
+        distance = torch.cdist(x, flat_latents(data[i : i + 1024], stats))
+        nearest = torch.cat([nearest, distance], dim=1)
+        rows = torch.cat([rows, torch.arange(i, i + distance.shape[1]).expand_as(distance)], dim=1)
+        nearest, order = nearest.topk(min(2, nearest.shape[1]), largest=False)
+        rows = rows.gather(1, order)
+    return nearest / x.shape[1] ** 0.5, rows
 
 
 def audit(made, own, data, stats, held_out=None):
@@ -338,7 +342,7 @@ def audit(made, own, data, stats, held_out=None):
     near, _ = nearest_latents(some, data, stats)  # the nearest is the image itself
     report("training image to the nearest other one", near[:, 1])
     relative = (to_nearest.median() / near[:, 1].median().clamp_min(1e-9)).item()
-    print(f"distance of generated images to the training images, relative to that: {relative:.2f}")
+    print(f"ratio of these two medians: {relative:.2f} (0: copies, 1: as far as training images)")
     if held_out is not None:
         near, _ = nearest_latents(flat_latents(held_out, stats), data, stats)
         report("held-out image to the nearest training image", near[:, 0])
@@ -378,10 +382,10 @@ def grid(images, columns=None):
 
 def save_images(images, out, columns=None):
     """uint8 (N, H, W, 3), may be a memmap -> a grid (.png), an .npz, or a folder of PNGs"""
-    if out.endswith(".png"):
+    if out.lower().endswith(".png"):
         with memory.atomic_write(out) as temporary:
             grid(images, columns).save(temporary, "PNG")
-    elif out.endswith(".npz"):
+    elif out.lower().endswith(".npz"):
         with memory.atomic_write(out) as temporary, open(temporary, "wb") as file:
             np.savez(file, arr_0=images)
     else:
@@ -440,8 +444,8 @@ SETTINGS = {
     "mix_method": ("slerp", MIXES, "with --mix: the way from A to B"),
     "audit": (
         None,
-        {"nargs": "?", "const": ""},
-        "measure copying: nearest training images, also of these held-out images",
+        {"nargs": "?", "const": "", "metavar": "HELD_OUT"},
+        "measure distances to the nearest training images, also those of HELD_OUT images",
     ),
     "bank": (None, str, "bank file, in place of the checkpoint's"),
     "encoder": (None, str, "for --add and --mix: file with the weights of the bank's encoder"),
@@ -507,7 +511,7 @@ def check(args, config):
 
 def check_out(out, count):
     """InputError where a folder holds what would be mixed with the images."""
-    if out.endswith((".png", ".npz")) or not os.path.exists(out):
+    if out.lower().endswith((".png", ".npz")) or not os.path.exists(out):
         return
     if not os.path.isdir(out):
         raise InputError(f"--out {out} is a file: give a .png, an .npz, or the name of a folder")
@@ -620,7 +624,7 @@ def main():
         return memory.in_batches(lambda x: encoder(x)[0], images, device)
 
     plan = planned(args, config, meta, bank, encode, size, device)
-    check_out(args.out, len(plan.ids) + len(plan.given))
+    check_out(args.out, max(len(plan.ids) + len(plan.given), 48))  # 48: three lines of --audit
     if args.audit is not None:
         data, held_out = audit_data(args, bank_path, bank, config, meta, tokenizer, device)
     if args.compile:

@@ -1,15 +1,15 @@
-"""Trains GMem (arXiv 2412.08781): a flow-matching transformer, shown each image's masked snippet.
+r"""Trains GMem (arXiv 2412.08781): a flow-matching transformer, shown each image's masked snippet.
 
     python train.py                                        # the embedded glyphs, in minutes
     python train.py --data FOLDER --image-size 32 --out o  # any folder of images, prepared first
     torchrun --nproc_per_node=8 train.py --preset imagenet256-xl --data data/imagenet256 --out xl
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT train.py \\
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT train.py \
         --data PREPARED                                    # prepared first, on one node
 
-Writes OUT/ckpt.pt, log.jsonl, samples.png and samples-NNNNNNN.png (by the EMA weights). With
---resume it goes on where OUT/ckpt.pt ends, or begins if that file does not exist yet: one command
-for a scheduler that restarts jobs. SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1 save first. A step
-whose loss or gradient is not finite changes nothing.
+Writes OUT/ckpt.pt, log.jsonl, samples.png and samples-NNNNNNN.png (of the bank's snippets, by the
+EMA weights). With --resume it goes on where OUT/ckpt.pt ends, or begins if that file does not exist
+yet: one command for a scheduler that restarts jobs. SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1
+save first. A step whose loss or gradient is not finite changes nothing.
 Randomness belongs to the micro-batch, (seed, step, index), never to the process: 1 process that
 accumulates 8 micro-batches and 8 processes with one each take the same steps, up to rounding.
 """
@@ -51,7 +51,7 @@ IMAGENET = {
     "encoder": "dinov2_vitb14",  # models/dinov2.py
     "flip": True,  # extract_features.py encodes each image mirrored, too
     "model": "LightningDiT-XL/1",  # yaml: model_type
-    "scale": 1.0,  # engine/train.py: unit-norm snippets
+    "memory_scale": 1.0,  # engine/train.py: unit-norm snippets
     "steps": 200_000,  # yaml: max_steps
     "batch_size": 1024,  # yaml: global_batch_size
     "lr": 2e-4,  # yaml
@@ -74,7 +74,7 @@ PRESETS = {
         **IMAGENET,
         "data": "data/imagenet256-exact",  # by memory.py --rank full --dtype float32
         "rank": "full",  # datasets/img_latent_dataset.py: the class tokens themselves
-        "mask": 0.4,  # models/lightningdit.py: FeatureEmbedder(dropout_prob=0.4)
+        "mask_ratio": 0.4,  # models/lightningdit.py: FeatureEmbedder(dropout_prob=0.4)
         "zero_init": False,  # models/lightningdit.py: initialize_weights
         "align_depth": 4,  # models/lightningdit.py: encoder_depth
         "beta2": 0.95,  # yaml
@@ -82,7 +82,7 @@ PRESETS = {
         "clip": 1.0,  # yaml: max_grad_norm
         "ema": 0.9999,  # engine/train.py: update_ema
         "ema_ramp": False,  # engine/train.py: update_ema
-        "drop": 0.0,  # engine/train.py shows each image with its snippet
+        "cond_drop_prob": 0.0,  # engine/train.py shows each image with its snippet
     },
     "sit-xl": {  # the paper's comparison with SiT; "SiT" is train.py of willisma/SiT
         **IMAGENET,
@@ -96,7 +96,7 @@ PRESETS = {
         "warmup": 0,  # SiT
         "align": 0.0,  # SiT
         "ema_ramp": False,  # SiT: 0.9999 from the first step on
-        "drop": 0.0,  # as official-xl
+        "cond_drop_prob": 0.0,  # as official-xl
     },
 }
 
@@ -119,12 +119,12 @@ SETTINGS = {
     "image_size": (32, in_range(1), "height and width that images are cropped to"),
     "model": ("SiT-T/16", tuple(CONFIGS), "network"),
     "condition": ("memory", CONDITIONS, "what the network sees: a snippet, a label, or nothing"),
-    "scale": ("unit", scale, "factor on snippets; unit: centred snippets of unit variance"),
+    "memory_scale": ("unit", scale, "factor on snippets; unit: centred, scaled to unit variance"),
     "memory_tokens": (None, bool, "add the snippet to each token too (default: in SiT-T)"),
-    "mask": (0.4, fraction, "part of each snippet's entries that training sets to zero"),
+    "mask_ratio": (0.4, fraction, "part of each snippet's entries that training sets to zero"),
     "zero_init": (True, bool, "adaLN and the last layer start at zero (official GMem: no)"),
     "align_depth": (4, in_range(1), "number of the block whose tokens --align compares"),
-    "steps": (1300, in_range(1), "training steps, with those before --resume; scales --decay"),
+    "steps": (1300, in_range(1), "training steps, also those before --resume; scales --decay"),
     "batch_size": (128, in_range(1), "images of one step, over all processes"),
     "micro_batch": (None, in_range(1), "images of a forward pass (default: up to 32,768 tokens)"),
     "lr": (2e-3, positive, "peak learning rate of AdamW"),
@@ -134,7 +134,7 @@ SETTINGS = {
     "clip": (1.0, positive, "largest gradient norm; larger gradients are scaled down to it"),
     "ema": (0.9999, fraction, "decay rate of the moving average of the weights (EMA)"),
     "ema_ramp": (True, bool, "the EMA's decay rate is at most (1 + step) / (10 + step)"),
-    "drop": (0.1, fraction, "part of the images that is shown with the null condition"),
+    "cond_drop_prob": (0.1, fraction, "part of the images that is shown with the null condition"),
     "align": (0.0, not_negative, "weight of REPA's alignment loss; needs memory.py --patches"),
     "t_mean": (-0.8, any_number, "mean of the logit of the times t (official GMem: 0)"),
     "t_std": (0.8, positive, "standard deviation of the logit of t (official GMem: 1)"),
@@ -179,7 +179,7 @@ class Loader:
         self.arrays = [self.latents, labels, self.bank.coef, self.bank.scale]
         self.patches = None
         if patches:
-            # a bank of a sample of the patch tokens; all of them are stored in its basis
+            # patches.pt: a basis fitted to a sample of the tokens; patches.npy: all, in that basis
             self.patches = memory.MemoryBank.load(os.path.join(folder, "patches.pt"))
             for name in ("patches.npy", "patch_scales.npy"):
                 self.arrays.append(memory.load_array(os.path.join(folder, name)))
@@ -230,7 +230,7 @@ def learning_rate(step, args):
 
 
 class Trainer:
-    """The network, its EMA, its optimizer, and what is counted."""
+    """The network, its EMA, its optimizer, and counters."""
 
     def __init__(self, args, config, loader, device):
         self.args = args
@@ -315,7 +315,7 @@ class Trainer:
         self.finite_steps += finite
 
     def report(self, norm, seconds, steps):
-        """-> a line for the log: the mean loss of the last steps, which took so many seconds"""
+        """-> a line for the log: the mean loss of the last steps, which took `seconds` in all"""
         loss = self.loss_sum / self.finite_steps
         self.loss_sum = self.zero.clone()
         self.finite_steps = self.zero.clone()
@@ -369,7 +369,7 @@ def train(trainer, net, loader, micro_batch, accumulate, tokenizer):
                 net.require_backward_grad_sync = m == indices[-1]
             with torch.autocast(device.type, torch.bfloat16, enabled=trainer.dtype == "bfloat16"):
                 part = flow_loss(
-                    net, x, s, y, args.drop, targets, args.align, args.t_mean, args.t_std
+                    net, x, s, y, args.cond_drop_prob, targets, args.align, args.t_mean, args.t_std
                 )
             (part / accumulate).backward()
             loss += part.detach() / accumulate
@@ -444,8 +444,8 @@ def preview(trainer, loader, tokenizer):
 
 
 # what a resumed run cannot change
-FIXED = ["preset", "image_size", "model", "condition", "batch_size", "seed", "mask", "align"]
-FIXED += ["scale", "memory_tokens", "zero_init", "align_depth", "beta2"]
+FIXED = ["preset", "image_size", "model", "condition", "batch_size", "seed", "mask_ratio"]
+FIXED += ["align", "memory_scale", "memory_tokens", "zero_init", "align_depth", "beta2"]
 
 
 def merge_settings(given):
@@ -536,15 +536,15 @@ def new_config(args, loader):
         **CONFIGS[args.model],
         "input_size": input_size,
         "in_channels": in_channels,
-        "mask_ratio": args.mask,
+        "mask_ratio": args.mask_ratio,
         "zero_init": args.zero_init,
     }
     if args.memory_tokens is not None:
         config["memory_tokens"] = args.memory_tokens
     if args.condition == "memory":
         config["memory_dim"] = bank.dim
-        config["memory_scale"] = args.scale
-        if args.scale == "unit":
+        config["memory_scale"] = args.memory_scale
+        if args.memory_scale == "unit":
             some = bank[np.linspace(0, len(bank) - 1, min(len(bank), 10_000)).astype(int)]
             deviation = (some - torch.tensor(bank.mean)).square().mean().sqrt().item()
             config["memory_center"] = True
