@@ -415,40 +415,39 @@ def baselines(trained, tmp_path_factory):
     return folder
 
 
+def write_bad_files():
+    """Writes, into this folder, files that cannot be used as their names promise: images/, of
+    which 3 of 9 files do not decode, arrays, and the bank of another encoder."""
+    folder_of_images("images", 6)
+    whole = Path("images/class0/000.png").read_bytes()
+    Path("images/class0/x.png").write_bytes(b"no")
+    Path("images/class1/cut.png").write_bytes(whole[: len(whole) // 2])
+    Path("images/class1/none.jpg").write_bytes(b"")
+    os.mkdir("empty")
+    Path("t.npy").write_bytes(b"a")
+    Path("t.npz").write_bytes(b"")
+    np.save("f.npy", np.zeros((4, 8, 8, 3), np.float32))
+    np.savez("labels.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8), arr_1=np.zeros(3, int))
+    np.savez("other.npz", x=np.zeros(3))
+    MemoryBank.build(features(70, 80), 4).save("bank.pt")
+
+
 @pytest.fixture(scope="session")
 def with_bad_files(trained, baselines, tmp_path_factory):
-    """A folder with files of every kind that cannot be used, and with trainings: ok, none,
-    class."""
+    """A folder with bad files, banks and checkpoints, and with trainings: ok, none, class."""
     folder = tmp_path_factory.mktemp("bad")
-    folder_of_images(folder / "images", 6)
-    whole = (folder / "images/class0/000.png").read_bytes()
-    contents = {
-        "images/class0/x.png": b"no",
-        "images/class1/cut.png": whole[: len(whole) // 2],
-        "images/class1/none.jpg": b"",
-        "t.npy": b"a",
-        "t.npz": b"",
-        "file": b"",
-    }
-    for name, content in contents.items():
-        (folder / name).write_bytes(content)
-    os.mkdir(folder / "empty")
-    np.save(folder / "f.npy", np.zeros((4, 8, 8, 3), np.float32))
-    images = np.zeros((4, 8, 8, 3), np.uint8)
-    np.savez(folder / "labels.npz", arr_0=images, arr_1=np.zeros(3, int))
-    np.savez(folder / "other.npz", x=np.zeros(3))
-    torch.save({"model": {}}, folder / "c.pt")
-    torch.save({"config": {"width": 8}, "ema": {}}, folder / "y.pt")
-    torch.save(nn.Linear(2, 2), folder / "x.pt")  # a class, which weights_only refuses
-    MemoryBank.build(features(70, 80), 4).save(folder / "bank.pt")
-    MemoryBank.build(features(70, 768), 4, encoder="another").save(folder / "another.pt")
-    MemoryBank.build(features(70, 768), 4, encoder="thumbnail").save(folder / "unlabelled.pt")
     shutil.copytree(baselines / "none", folder / "none")
     shutil.copytree(baselines / "class", folder / "class")
-    run(
-        f"train.py {QUICK} --steps 2 --no-preview --data {folder}/images --skip-bad "
-        f"--out {folder}/ok"
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write_bad_files()
+        Path("file").write_bytes(b"")
+        torch.save({"model": {}}, "c.pt")
+        torch.save({"config": {"width": 8}, "ema": {}}, "y.pt")
+        torch.save(nn.Linear(2, 2), "x.pt")  # a class, which weights_only refuses
+        MemoryBank.build(features(70, 768), 4, encoder="another").save("another.pt")
+        MemoryBank.build(features(70, 768), 4, encoder="thumbnail").save("unlabelled.pt")
+        run(f"train.py {QUICK} --steps 2 --no-preview --data images --skip-bad --out ok")
     return folder
 
 
@@ -3984,25 +3983,14 @@ BAD_MEMORY = {
 
 @pytest.fixture
 def bad_files():
-    """Files, in this folder, that cannot be used as what they are named for."""
-    os.mkdir("empty")
-    folder_of_images("images", 6)
-    whole = Path("images/class0/000.png").read_bytes()
-    Path("images/class0/x.png").write_bytes(b"no")
-    Path("images/class1/cut.png").write_bytes(whole[: len(whole) // 2])
-    Path("images/class1/none.jpg").write_bytes(b"")
-    Path("1.png").write_bytes(whole)
-    Path("t.npy").write_bytes(b"a")
+    """Bad files, and features of many kinds, in this folder."""
+    write_bad_files()
+    shutil.copy("images/class0/000.png", "1.png")
     Path("images.zip").write_bytes(b"PK")
-    Path("t.npz").write_bytes(b"")
-    np.save("f.npy", np.zeros((4, 8, 8, 3), np.float32))
     np.save("nan.npy", np.full((99, 80), np.nan, np.float32))
     np.save("g.npy", features(70, 80).numpy())
-    np.savez("labels.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8), arr_1=np.zeros(3, int))
-    np.savez("other.npz", x=np.zeros(3))
     ids = np.array([1, 2, 3, 123456789])
     np.savez("ids.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8), arr_1=ids)
-    MemoryBank.build(features(70, 80), 4).save("bank.pt")
 
 
 @pytest.mark.parametrize("flags", BAD_MEMORY)
