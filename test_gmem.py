@@ -275,6 +275,18 @@ def red():
     return Image.new("RGB", (4, 4), (200, 10, 20))
 
 
+def half_grey(dtype, value):
+    """An image of one value."""
+    return Image.fromarray(np.full((2, 2), value, dtype))
+
+
+def saved(image, kind, **options):
+    """image, after it was written as a file of this kind and opened"""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return Image.open(io.BytesIO(file.getvalue()))
+
+
 def folder_of_images(path, n=40, size=24):
     """Writes n glyphs as PNGs, into sub-folders class0 and class1 -> the images, their labels"""
     images, labels = memory.glyphs(n=n, size=size)
@@ -417,7 +429,7 @@ def baselines(trained, tmp_path_factory):
 
 def write_bad_files():
     """Writes, into this folder, files that cannot be used as their names promise: images/, of
-    which 3 of 9 files do not decode, arrays, and the bank of another encoder."""
+    which 3 of 9 files do not decode, arrays, and a bank of snippets of 80 numbers."""
     folder_of_images("images", 6)
     whole = Path("images/class0/000.png").read_bytes()
     Path("images/class0/x.png").write_bytes(b"no")
@@ -3035,31 +3047,6 @@ def test_an_extended_bank_is_saved_and_loaded():
 
 
 # ------------------------------------------------------------------------------------------- images
-
-
-def grey_16_bit():
-    """An image of 16-bit grey, half way between black and white."""
-    return Image.fromarray(np.full((4, 4), 0x8080, np.uint16))
-
-
-MODES = {  # name: (image, its colour in RGB)
-    "RGB": (red(), (200, 10, 20)),
-    "palette": (red().quantize(4), (200, 10, 20)),
-    "grey": (Image.new("L", (4, 4), 77), 77),
-    "transparent": (Image.new("RGBA", (4, 4), (0, 0, 0, 0)), 255),
-    "transparent grey": (Image.new("LA", (4, 4), (9, 0)), 255),
-    "CMYK": (Image.new("CMYK", (4, 4), (0, 0, 0, 0)), 255),
-    "black and white": (Image.new("1", (4, 4), 1), 255),
-    "16-bit grey": (grey_16_bit(), 128),
-}
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_images_of_every_mode_become_rgb(mode):
-    image, want = MODES[mode]
-    rgb = to_rgb(image)
-    assert rgb.mode == "RGB"
-    assert np.abs(np.asarray(rgb).astype(int) - want).max() <= 1
 
 
 def test_images_become_upright():
@@ -6427,79 +6414,6 @@ def test_a_folder_that_cannot_be_listed_is_an_error(monkeypatch):
     refused("images cannot be used: PermissionError", fid.open_set, "images")
 
 
-def png(depth, color_type, row, transparency=b""):
-    """The bytes of a PNG of one row of pixels, of kinds that Pillow does not write -> Image"""
-    width = len(row) * 8 // (depth * {0: 1, 2: 3, 4: 2, 6: 4}[color_type])
-    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, 1, depth, color_type, 0, 0, 0))]
-    if transparency:
-        parts.append((b"tRNS", transparency))
-    parts += [(b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")]
-    data = b"\x89PNG\r\n\x1a\n"
-    for name, content in parts:
-        data += struct.pack(">I", len(content)) + name + content
-        data += struct.pack(">I", zlib.crc32(name + content))
-    return Image.open(io.BytesIO(data))
-
-
-def saved(image, kind, **options):
-    """image, after it was written as a file of this kind and opened"""
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return Image.open(io.BytesIO(file.getvalue()))
-
-
-def half_grey(dtype, value):
-    """An image of one value."""
-    return Image.fromarray(np.full((2, 2), value, dtype))
-
-
-def twelve_bit_tiff():
-    """A TIFF of two pixels of 12 bits, white and black"""
-    tags = {256: 2, 257: 1, 258: 12, 259: 1, 262: 1, 273: 122, 277: 1, 278: 1, 279: 3}
-    data = b"II*\0" + struct.pack("<IH", 8, len(tags))
-    for tag, value in tags.items():
-        data += struct.pack("<HHII", tag, 4, 1, value)
-    return Image.open(io.BytesIO(data + struct.pack("<I", 0) + b"\xff\xf0\x00"))
-
-
-def png_of_pillow_10():
-    """A 16-bit PNG, in the mode in which Pillow 10 opens it"""
-    image = half_grey(np.int32, 0x8080)
-    image.format = "PNG"
-    return image
-
-
-PALETTE = Image.new("P", (2, 2), 0)
-PALETTE.putpalette([255, 0, 0, 0, 255, 0])
-READ = {  # name: (image, the colour of its first pixel)
-    "RGB": (Image.new("RGB", (2, 2), (200, 10, 20)), (200, 10, 20)),
-    "transparent": (Image.new("RGBA", (2, 2), (0, 0, 0, 0)), 255),
-    "half transparent": (Image.new("RGBA", (2, 2), (0, 0, 0, 128)), 127),
-    "transparent grey": (Image.new("LA", (2, 2), (9, 0)), 255),
-    "transparent palette": (Image.new("PA", (2, 2)), 255),
-    "palette with a transparent colour": (saved(PALETTE, "PNG", transparency=0), 255),
-    "palette with transparencies": (saved(PALETTE, "PNG", transparency=b"\x80"), (255, 127, 127)),
-    "GIF": (saved(PALETTE, "GIF", transparency=0), 255),
-    "16-bit grey": (half_grey(np.uint16, 0x8080), 128),
-    "16-bit PNG": (png(16, 0, b"\x80\x80\x40\x40"), 128),
-    "16-bit PNG, as Pillow 10 opens it": (png_of_pillow_10(), 128),
-    "16-bit PNG, transparent": (png(16, 0, b"\x12\x34\x40\x40", b"\x12\x34"), 255),
-    "16-bit RGB, transparent": (png(16, 2, b"\x12\x34" * 3, b"\x12\x34" * 3), 255),
-    "16-bit grey with alpha": (png(16, 4, b"\x12\x34\0\0"), 255),
-    "16-bit TIFF": (saved(half_grey(np.uint16, 0x8080), "TIFF"), 128),
-    "12-bit TIFF": (twelve_bit_tiff(), 255),
-    "10-bit PGM": (Image.open(io.BytesIO(b"P5 1 1 1023 \x02\x00")), 128),
-}
-
-
-@pytest.mark.parametrize("kind", READ)
-def test_images_of_every_kind_become_rgb_on_white(kind):
-    image, want = READ[kind]
-    rgb = fid.to_rgb(image)
-    assert rgb.mode == "RGB"
-    assert np.abs(np.asarray(rgb)[0, 0].astype(int) - want).max() <= 1
-
-
 def test_images_become_upright_also_of_16_bits():
     grey = Image.fromarray(np.array([[0, 65535]], np.uint16))
     exif = grey.getexif()
@@ -7009,6 +6923,72 @@ def test_without_the_projects_model_py_an_error_names_it(found, monkeypatch):
 def test_one_rule_reads_an_image_in_memory_py_and_in_fid_py():
     for name in ("to_rgb", "image_files"):
         assert inspect.getsource(getattr(memory, name)) == inspect.getsource(getattr(fid, name))
+
+
+def png(depth, color_type, row, transparency=b""):
+    """The bytes of a PNG of one row of pixels, of kinds that Pillow does not write -> Image"""
+    width = len(row) * 8 // (depth * {0: 1, 2: 3, 4: 2, 6: 4}[color_type])
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, 1, depth, color_type, 0, 0, 0))]
+    if transparency:
+        parts.append((b"tRNS", transparency))
+    parts += [(b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")]
+    data = b"\x89PNG\r\n\x1a\n"
+    for name, content in parts:
+        data += struct.pack(">I", len(content)) + name + content
+        data += struct.pack(">I", zlib.crc32(name + content))
+    return Image.open(io.BytesIO(data))
+
+
+def twelve_bit_tiff():
+    """A TIFF of two pixels of 12 bits, white and black"""
+    tags = {256: 2, 257: 1, 258: 12, 259: 1, 262: 1, 273: 122, 277: 1, 278: 1, 279: 3}
+    data = b"II*\0" + struct.pack("<IH", 8, len(tags))
+    for tag, value in tags.items():
+        data += struct.pack("<HHII", tag, 4, 1, value)
+    return Image.open(io.BytesIO(data + struct.pack("<I", 0) + b"\xff\xf0\x00"))
+
+
+def png_of_pillow_10():
+    """A 16-bit PNG, in the mode in which Pillow 10 opens it"""
+    image = half_grey(np.int32, 0x8080)
+    image.format = "PNG"
+    return image
+
+
+PALETTE = Image.new("P", (2, 2), 0)
+PALETTE.putpalette([255, 0, 0, 0, 255, 0])
+READ = {  # name: (image, the colour of all its pixels, or of each)
+    "RGB": (red(), (200, 10, 20)),
+    "palette": (red().quantize(4), (200, 10, 20)),
+    "grey": (Image.new("L", (4, 4), 77), 77),
+    "black and white": (Image.new("1", (4, 4), 1), 255),
+    "CMYK": (Image.new("CMYK", (4, 4), (0, 0, 0, 0)), 255),
+    "transparent": (Image.new("RGBA", (2, 2), (0, 0, 0, 0)), 255),
+    "half transparent": (Image.new("RGBA", (2, 2), (0, 0, 0, 128)), 127),
+    "transparent grey": (Image.new("LA", (2, 2), (9, 0)), 255),
+    "transparent palette": (Image.new("PA", (2, 2)), 255),
+    "palette with a transparent colour": (saved(PALETTE, "PNG", transparency=0), 255),
+    "palette with transparencies": (saved(PALETTE, "PNG", transparency=b"\x80"), (255, 127, 127)),
+    "GIF": (saved(PALETTE, "GIF", transparency=0), 255),
+    "16-bit grey": (half_grey(np.uint16, 0x8080), 128),
+    "16-bit PNG": (png(16, 0, b"\x80\x80\x40\x40"), [[128], [64]]),
+    "16-bit PNG, as Pillow 10 opens it": (png_of_pillow_10(), 128),
+    "16-bit PNG, transparent": (png(16, 0, b"\x12\x34\x40\x40", b"\x12\x34"), [[255], [64]]),
+    "16-bit RGB, transparent": (png(16, 2, b"\x12\x34" * 3, b"\x12\x34" * 3), 255),
+    "16-bit grey with alpha": (png(16, 4, b"\x12\x34\0\0"), 255),
+    "16-bit TIFF": (saved(half_grey(np.uint16, 0x8080), "TIFF"), 128),
+    "12-bit TIFF": (twelve_bit_tiff(), [[255], [0]]),
+    "10-bit PGM": (Image.open(io.BytesIO(b"P5 1 1 1023 \x02\x00")), 128),
+}
+
+
+@pytest.mark.parametrize("to_rgb", [memory.to_rgb, fid.to_rgb], ids=["memory.py", "fid.py"])
+@pytest.mark.parametrize("kind", READ)
+def test_images_of_every_kind_become_rgb_on_white(kind, to_rgb):
+    image, want = READ[kind]
+    rgb = to_rgb(image)
+    assert rgb.mode == "RGB"
+    assert np.abs(np.asarray(rgb).astype(int) - want).max() <= 1
 
 
 def test_input_errors_are_value_errors():
