@@ -3234,8 +3234,17 @@ def test_some_backgrounds_of_glyphs_are_flat_and_some_are_gradients():
 # ------------------------------------------------------------------------------------------ latents
 
 
+CHANNEL_STATS = {"mean": [1.0, -2.0, 0.5], "std": [2.0, 0.5, 4.0]}
+
+
+def stats_of(tokenizer):
+    """The mean and standard deviation of latents that are known for a tokenizer."""
+    mean, std = memory.known_stats({"tokenizer": tokenizer, "latent_stats": None})
+    return stats_tensor({"mean": mean, "std": std}, "cpu")
+
+
 def test_normalised_latents_are_less_the_mean_over_std_per_channel():
-    stats = stats_tensor({"mean": [1.0, -2.0, 0.5], "std": [2.0, 0.5, 4.0]}, "cpu")
+    stats = stats_tensor(CHANNEL_STATS, "cpu")
     z = torch.randn(5, 3, 4, 6)
     x = normalize_latents(z, stats)
     assert torch.allclose(x[:, 0], (z[:, 0] - 1.0) / 2.0)
@@ -3245,7 +3254,7 @@ def test_normalised_latents_are_less_the_mean_over_std_per_channel():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.uint8])
 def test_denormalising_undoes_normalising(dtype):
-    stats = stats_tensor({"mean": [1.0, -2.0, 0.5], "std": [2.0, 0.5, 4.0]}, "cpu")
+    stats = stats_tensor(CHANNEL_STATS, "cpu")
     z = (50 * torch.rand(5, 3, 4, 6)).to(dtype)
     x = normalize_latents(z, stats)
     assert x.dtype == torch.float32
@@ -3253,15 +3262,13 @@ def test_denormalising_undoes_normalising(dtype):
 
 
 def test_normalising_undoes_denormalising():
-    stats = stats_tensor({"mean": [1.0, -2.0, 0.5], "std": [2.0, 0.5, 4.0]}, "cpu")
+    stats = stats_tensor(CHANNEL_STATS, "cpu")
     x = torch.randn(5, 3, 4, 6)
     assert torch.allclose(normalize_latents(denormalize_latents(x, stats), stats), x, atol=1e-5)
 
 
 def test_pixels_are_normalised_to_minus_1_to_1():
-    settings = {"tokenizer": "pixel", "latent_stats": None}
-    mean, std = memory.known_stats(settings)
-    stats = stats_tensor({"mean": mean, "std": std}, "cpu")
+    stats = stats_of("pixel")
     z = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 1, 1)
     x = normalize_latents(z, stats)
     assert torch.equal(x[0], torch.full((3, 1, 1), -1.0))
@@ -3269,9 +3276,7 @@ def test_pixels_are_normalised_to_minus_1_to_1():
 
 
 def test_latents_of_sd_vae_are_multiplied_by_its_published_factor():
-    settings = {"tokenizer": "sd-vae-ft-ema", "latent_stats": None}
-    mean, std = memory.known_stats(settings)
-    stats = stats_tensor({"mean": mean, "std": std}, "cpu")
+    stats = stats_of("sd-vae-ft-ema")
     z = torch.randn(2, 4, 3, 3)
     assert torch.allclose(normalize_latents(z, stats), 0.18215 * z)
 
@@ -4560,21 +4565,18 @@ def test_a_run_without_a_finite_step_gives_up(not_finite):
     assert not os.path.exists("out/ckpt.pt")
 
 
-@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_changes_nothing(loss):
-    trainer = tiny_trainer()
-    before = state_of(trainer)
-    take_step(trainer, loss)
-    torch.testing.assert_close(state_of(trainer), before, rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_changes_nothing(value):
+@pytest.mark.parametrize("place", ["loss", "gradient"])
+def test_a_loss_or_gradient_that_is_not_finite_changes_nothing(place, value):
     trainer = tiny_trainer()
     before = state_of(trainer)
     draw_gradients(trainer)
-    trainer.parameters[3].grad.view(-1)[0] = value
-    trainer.update(torch.tensor(1.0))
+    loss = torch.tensor(1.0)
+    if place == "loss":
+        loss = torch.tensor(value)
+    else:
+        trainer.parameters[3].grad.view(-1)[0] = value
+    trainer.update(loss)
     torch.testing.assert_close(state_of(trainer), before, rtol=0, atol=0)
 
 
@@ -4999,17 +5001,17 @@ def moved(trained, monkeypatch):
     monkeypatch.chdir("new")
 
 
-ON = "train.py --resume --steps 3 --decay 0 0 --device cpu"
+RESUME = "train.py --resume --steps 3 --decay 0 0 --device cpu"
 
 
 def test_a_run_goes_on_that_was_moved_together_with_its_data(moved):
-    run(f"{ON} --out elsewhere/out")
+    run(f"{RESUME} --out elsewhere/out")
     assert load("elsewhere/out/ckpt.pt")["step"] == 3
 
 
 def test_a_run_goes_on_that_was_renamed_with_data_inside(moved):
     os.rename("within", "renamed")
-    run(f"{ON} --out renamed")
+    run(f"{RESUME} --out renamed")
     assert load("renamed/ckpt.pt")["step"] == 3
     assert not os.path.exists("within")
 
@@ -5017,14 +5019,14 @@ def test_a_run_goes_on_that_was_renamed_with_data_inside(moved):
 def test_a_run_goes_on_from_another_working_directory(moved, monkeypatch):
     os.mkdir("there")
     monkeypatch.chdir("there")
-    run(f"{ON} --out ../within")
+    run(f"{RESUME} --out ../within")
     assert load("../within/ckpt.pt")["step"] == 3
     assert os.listdir() == []
 
 
 def test_a_run_in_the_default_folder_stays_there_when_it_was_renamed(moved):
     os.rename("within", "out")
-    run(ON)
+    run(RESUME)
     assert load("out/ckpt.pt")["step"] == 3
     assert not os.path.exists("within")
 
@@ -5033,23 +5035,23 @@ def test_a_run_goes_on_that_was_moved_away_from_its_data(moved):
     os.rename("data", "first")
     run(f"train.py {QUICK} --no-preview --data first --steps 2 --out a/run")
     os.rename("a/run", "run")
-    run(f"{ON} --out run")
+    run(f"{RESUME} --out run")
     assert load("run/ckpt.pt")["step"] == 3
     assert os.path.exists(os.path.join("run", load("run/ckpt.pt")["bank"]))
 
 
 def test_a_run_whose_data_were_moved_goes_on_where_they_are_given(moved):
     os.rename("data", "moved_data")
-    line = run(f"{ON} --out elsewhere/out", fails=True)
+    line = run(f"{RESUME} --out elsewhere/out", fails=True)
     assert "give --data" in line
-    run(f"{ON} --out elsewhere/out --data moved_data")
-    run(f"{ON} --out elsewhere/out --steps 4")  # which is remembered
+    run(f"{RESUME} --out elsewhere/out --data moved_data")
+    run(f"{RESUME} --out elsewhere/out --steps 4")  # which is remembered
     assert load("elsewhere/out/ckpt.pt")["step"] == 4
 
 
 def test_a_run_does_not_go_on_with_other_data(moved):
     before = files_below()
-    line = run(f"{ON} --out elsewhere/out --data within/data", fails=True)
+    line = run(f"{RESUME} --out elsewhere/out --data within/data", fails=True)
     assert "not what the run was begun with: other bank, images" in line
     assert files_below() == before
 
@@ -5646,12 +5648,12 @@ def test_a_class_without_a_row_in_the_bank_is_refused():
     refused(message, sample.bank_rows, args, range(3), list("abc"), bank)
 
 
-FEW = "--num-images 6 --steps 2 --device cpu --seed 5"
+SIX_IMAGES = "--num-images 6 --steps 2 --device cpu --seed 5"
 
 
 @pytest.mark.parametrize("label", ["class1", "1"])
 def test_images_of_a_class_are_made_of_the_snippets_of_its_rows(sampled, label):
-    run(f"sample.py --ckpt {sampled}/out {FEW} --label {label} --out a.npz")
+    run(f"sample.py --ckpt {sampled}/out {SIX_IMAGES} --label {label} --out a.npz")
     checkpoint = load(sampled / "out/ckpt.pt")
     bank = MemoryBank.load(sampled / "out/data/bank.pt")
     of_class = np.flatnonzero(bank.labels == 1)
@@ -5765,7 +5767,9 @@ def new(sampled, tmp_path_factory):
     """A folder with six images of new snippets, a.npz, made in batches of 4 of the training in
     `sampled`, and with what was printed, new.txt."""
     folder = tmp_path_factory.mktemp("new")
-    text = run(f"sample.py --ckpt {sampled}/out --new {FEW} --batch-size 4 --out {folder}/a.npz")
+    text = run(
+        f"sample.py --ckpt {sampled}/out --new {SIX_IMAGES} --batch-size 4 --out {folder}/a.npz"
+    )
     (folder / "new.txt").write_text(text)
     return folder
 
@@ -5790,7 +5794,7 @@ def test_new_images_are_different_ones(new):
 
 
 def test_a_new_image_depends_on_neither_batch_size_nor_number_nor_processes(sampled, new):
-    more = FEW.replace("--num-images 6", "--num-images 9")
+    more = SIX_IMAGES.replace("--num-images 6", "--num-images 9")
     run(f"sample.py --ckpt {sampled}/out --new {more} --batch-size 2 --out more.npz", processes=2)
     assert_same_images(images_of("more.npz")[:6], images_of(new / "a.npz"))
 
@@ -5828,7 +5832,7 @@ def test_new_snippets_are_no_rows_of_the_bank_and_no_farther_than_rows_are(lette
 
 
 def test_new_images_of_a_class_are_around_rows_of_this_class(sampled):
-    command = f"sample.py --ckpt {sampled}/out --new {FEW}"
+    command = f"sample.py --ckpt {sampled}/out --new {SIX_IMAGES}"
     run(f"{command} --label class1 --out name.npz")
     run(f"{command} --label 1 --out number.npz")
     run(f"{command} --label 0 --out other.npz")
@@ -5911,7 +5915,7 @@ def test_audit_without_images_of_a_training_on_images_holds_out_none(sampled):
 
 def test_audit_of_new_images_knows_no_image_of_their_snippet(sampled):
     folder_of_images("held-out", 12, 16)
-    text = run(f"sample.py --ckpt {sampled}/out --new {FEW} --out a.png --audit held-out")
+    text = run(f"sample.py --ckpt {sampled}/out --new {SIX_IMAGES} --out a.png --audit held-out")
     printed = medians(text)
     assert set(printed) == {
         "generated image to the nearest training image",
@@ -6920,13 +6924,16 @@ def test_without_the_projects_model_py_an_error_names_it(found, monkeypatch):
 # ==================================================== README, and what several files have in common
 
 
+# ----------------------------------------------------------------------------------- reading images
+
+
 def test_one_rule_reads_an_image_in_memory_py_and_in_fid_py():
     for name in ("to_rgb", "image_files"):
         assert inspect.getsource(getattr(memory, name)) == inspect.getsource(getattr(fid, name))
 
 
-def png(depth, color_type, row, transparency=b""):
-    """The bytes of a PNG of one row of pixels, of kinds that Pillow does not write -> Image"""
+def one_row_png(depth, color_type, row, transparency=b""):
+    """A PNG of one row of pixels, of a kind that Pillow does not write, opened"""
     width = len(row) * 8 // (depth * {0: 1, 2: 3, 4: 2, 6: 4}[color_type])
     parts = [(b"IHDR", struct.pack(">IIBBBBB", width, 1, depth, color_type, 0, 0, 0))]
     if transparency:
@@ -6971,11 +6978,14 @@ READ = {  # name: (image, the colour of all its pixels, or of each)
     "palette with transparencies": (saved(PALETTE, "PNG", transparency=b"\x80"), (255, 127, 127)),
     "GIF": (saved(PALETTE, "GIF", transparency=0), 255),
     "16-bit grey": (half_grey(np.uint16, 0x8080), 128),
-    "16-bit PNG": (png(16, 0, b"\x80\x80\x40\x40"), [[128], [64]]),
+    "16-bit PNG": (one_row_png(16, 0, b"\x80\x80\x40\x40"), [[128], [64]]),
     "16-bit PNG, as Pillow 10 opens it": (png_of_pillow_10(), 128),
-    "16-bit PNG, transparent": (png(16, 0, b"\x12\x34\x40\x40", b"\x12\x34"), [[255], [64]]),
-    "16-bit RGB, transparent": (png(16, 2, b"\x12\x34" * 3, b"\x12\x34" * 3), 255),
-    "16-bit grey with alpha": (png(16, 4, b"\x12\x34\0\0"), 255),
+    "16-bit PNG, transparent": (
+        one_row_png(16, 0, b"\x12\x34\x40\x40", b"\x12\x34"),
+        [[255], [64]],
+    ),
+    "16-bit RGB, transparent": (one_row_png(16, 2, b"\x12\x34" * 3, b"\x12\x34" * 3), 255),
+    "16-bit grey with alpha": (one_row_png(16, 4, b"\x12\x34\0\0"), 255),
     "16-bit TIFF": (saved(half_grey(np.uint16, 0x8080), "TIFF"), 128),
     "12-bit TIFF": (twelve_bit_tiff(), [[255], [0]]),
     "10-bit PGM": (Image.open(io.BytesIO(b"P5 1 1 1023 \x02\x00")), 128),
@@ -6991,9 +7001,14 @@ def test_images_of_every_kind_become_rgb_on_white(kind, to_rgb):
     assert np.abs(np.asarray(rgb).astype(int) - want).max() <= 1
 
 
+# ------------------------------------------------------------------------------------------- errors
+
+
 def test_input_errors_are_value_errors():
     assert issubclass(memory.InputError, ValueError)
 
+
+# ------------------------------------------------------------------------------------------- README
 
 BEFORE_README = """
 import numpy as np
