@@ -2290,6 +2290,19 @@ def test_the_basis_of_a_bank_is_orthonormal(truncation):
     assert np.allclose(basis @ basis.T, np.eye(24), atol=1e-5)
 
 
+def test_features_far_from_zero_keep_the_digits_of_their_directions():
+    f = 1000 + torch.randn(5000, 16, generator=torch.Generator().manual_seed(0)) * torch.arange(
+        16, 0, -1
+    )
+    s = F.normalize(f.double(), dim=1)
+    _, size, directions = torch.linalg.svd(s - s.mean(0), full_matrices=False)
+    bank = MemoryBank.build(f, 4, "float32")
+    variance = size.square()
+    assert bank.energy == pytest.approx((variance[:4].sum() / variance.sum()).item(), rel=1e-6)
+    alignment = (torch.tensor(bank.basis) * directions[:4]).sum(1).abs()
+    assert (alignment - 1).abs().max() < 1e-6
+
+
 # ------------------------------------------------------------------------------------- quantisation
 
 QUANTISATION = [("float32", 2e-6, 1e-6), ("float16", 5e-4, 2.5e-4), ("int8", 0.0105, 0.006)]
@@ -2890,6 +2903,15 @@ def test_neighbours_of_all_classes_are_padded_when_there_are_too_few(bank):
     assert (index[0, :2] >= 0).all()
     assert index[0, 2:].tolist() == [-1, -1]
     assert cosine[0, 2:].tolist() == [-1, -1]
+
+
+def test_a_row_without_a_label_has_neighbours_of_all_classes():
+    coef = np.random.default_rng(0).normal(size=(9, 3))
+    bank = bank_of(coef, [0, 0, 0, 0, 1, 1, 1, 1, -1])
+    _, index = bank.neighbours([8], 4)
+    assert index[0].tolist() == neighbours_of(bank, 8, 4).tolist()
+    _, index = bank.neighbours([0], 4)
+    assert sorted(index[0].tolist()) == [-1, 1, 2, 3]  # the row without a label is not of its class
 
 
 # ---------------------------------------------------------------------------------------- extension
@@ -4274,7 +4296,7 @@ def test_a_preset_replaces_defaults():
     args, _ = merge_settings({"preset": "imagenet256-b"})
     assert args.model == "LightningDiT-B/1"
     assert args.lr == 2e-4
-    assert args.mask == 0.4  # of which the preset says nothing
+    assert args.mask_ratio == 0.4  # of which the preset says nothing
 
 
 @pytest.mark.parametrize("preset", ["imagenet256-b", "imagenet256-xl", "imagenet512-xl"])
@@ -4658,7 +4680,9 @@ def test_the_network_sees_snippets_of_unit_variance(trained):
 
 
 def test_a_scale_that_is_a_number_multiplies_the_snippets(trained):
-    run(f"train.py {QUICK} --data {trained}/out/data --steps 2 --no-preview --scale 3 --out scaled")
+    run(
+        f"train.py {QUICK} --data {trained}/out/data --steps 2 --no-preview --memory-scale 3 --out scaled"
+    )
     checkpoint = load("scaled/ckpt.pt")
     assert checkpoint["config"]["memory_scale"] == 3
     assert checkpoint["config"]["memory_center"] is False
@@ -5324,13 +5348,13 @@ BAD_TRAIN = {
     # what is not a setting, or no value of one
     "--nonsense": "unrecognized arguments: --nonsense",
     "--model SiT-Q": "--model: invalid choice: 'SiT-Q' (choose from",
-    "--drop 2": "--drop: 2 is not in [0, 1)",
+    "--cond-drop-prob 2": "--cond-drop-prob: 2 is not in [0, 1)",
     "--lr nan": "--lr: nan is not in",
     "--image-size 0": "--image-size: 0 is not in [1, inf)",
     "--steps x": "invalid whole number value: 'x'",
     "--batch-size -4": "--batch-size: -4 is not in",
     "--micro-batch 48": "--micro-batch 48 does not divide 128",
-    "--scale centred": "--scale",
+    "--memory-scale centred": "--memory-scale",
     "--steps 9999 --decay 100 200": "--decay A B",
     "--device cuda:99": "--device cuda:99 is unavailable",
     # of data
@@ -5931,6 +5955,24 @@ def test_audit_of_new_images_knows_no_image_of_their_snippet(sampled):
     assert Image.open("a.png").size == (6 * 64, 2 * 64)  # the images, below them the nearest
 
 
+def test_audit_into_a_folder_replaces_the_images_of_an_audit_before(sampled):
+    command = f"sample.py --ckpt {sampled}/out {SIX_IMAGES} --out pictures --audit"
+    run(command)
+    names = sorted(os.listdir("pictures"))
+    assert len(names) == 18  # each image, that of its snippet, the nearest one
+    run(command)
+    assert sorted(os.listdir("pictures")) == names
+
+
+def test_distances_to_the_nearest_latents_are_those_of_all_comparisons():
+    data = features(2500, 12).numpy()
+    x = features(5, 12, seed=1)
+    distance, rows = sample.nearest_latents(x, data, (0, 1))
+    every = ((x[:, None] - torch.tensor(data)) ** 2).mean(2).sqrt()
+    assert torch.allclose(distance, every.topk(2, largest=False).values, atol=1e-6)
+    assert torch.equal(rows, every.topk(2, largest=False).indices)
+
+
 # --------------------------------------------------- latents of an autoencoder and official weights
 
 
@@ -5941,9 +5983,7 @@ def aligned(encoded):
     data = encoded.folder / "0"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(encoded.folder)
-        flags = (
-            "--batch-size 2 --steps 2 --no-preview --align 0.5 --model LightningDiT-S/1 --scale 1"
-        )
+        flags = "--batch-size 2 --steps 2 --no-preview --align 0.5 --model LightningDiT-S/1 --memory-scale 1"
         run(f"train.py {flags} --out o --data", data)
         weights = {f"module.{key}": value for key, value in load("o/ckpt.pt")["ema"].items()}
         torch.save({"ema": weights}, "official.pt")
