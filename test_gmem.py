@@ -5947,7 +5947,7 @@ def test_audit_of_new_images_knows_no_image_of_their_snippet(sampled):
         "held-out image to the nearest training image",
     }
     assert "image of its snippet" not in text
-    relative = float(re.search("relative to that: ([\\d.]+)", text)[1])
+    relative = float(re.search("ratio of these two medians: ([\\d.]+)", text)[1])
     generated = printed["generated image to the nearest training image"]
     assert relative == pytest.approx(
         generated / printed["training image to the nearest other one"], abs=0.02
