@@ -4,8 +4,8 @@ ADM's evaluator.py (openai/guided-diffusion) defines them, and KID.
     FID        |mu - mu'|^2 + tr(S + S' - 2 (S S')^1/2), of mean and covariance of pooled features
     sFID       the same of 7 channels of an inner layer, at 17 x 17 places
     IS         exp of the mean KL(p(y|x) || p(y)), averaged over splits of 5,000 images
-    precision  the part of the samples within the 3rd-neighbour radius of some reference image
-    recall     the part of the reference images within that radius of some sample
+    precision  the fraction of the samples within the 3rd-neighbour radius of some reference image
+    recall     the fraction of the reference images within that radius of some sample
     KID        E k(x, x') + E k(y, y') - 2 E k(x, y), k(x, y) = (x.y / D + 1)^3
 
     python fid.py REF SAMPLES
@@ -112,7 +112,7 @@ def squared_distances(a, b, block=2**25):
         rows = slice(start, start + step)
         norm = a[rows].square().sum(1, keepdim=True)
         squared = torch.addmm(b_norm, a[rows], b.T, alpha=-2) + norm
-        squared[squared < 1e-10 * norm] = 0  # one image: networks round by 1e-6
+        squared[squared < 1e-10 * norm] = 0  # one image twice: outputs differ by 1e-6
         yield rows, squared
 
 

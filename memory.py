@@ -4,7 +4,7 @@
     truncated SVD  s_i ~ mean + c_i basis            c_i: r numbers, basis: r orthonormal rows; then
                    (of the centred snippets: PCA)    scaled to unit norm again
     storage        c_i ~ scale_i coef_i              coef int8, scale_i = max |c_i| / 127
-    mask           a random part of the entries of s set to zero, the rest divided by 1 - ratio
+    mask           a random fraction of the entries of s set to zero, the rest divided by 1 - ratio
     new snippet    c_i + spread / sqrt(k) sum_j noise_j (c_j - their mean)     j: k neighbours of i
 
     python memory.py --data SRC --out DIR [--image-size 256] [--rank 64] [--dtype int8] [--flip]
@@ -64,16 +64,16 @@ class InputError(ValueError):
 
 
 def mask(s, ratio, generator=None):
-    """Dropout: a random part of the entries of s (B, D) is zero, the rest divided by 1 - ratio.
+    """Dropout: a random fraction of the entries of s (B, D) is zero, the rest divided by 1 - ratio.
     InputError unless 0 <= ratio < 1."""
     if not 0 <= ratio < 1:
-        raise InputError(f"ratio {ratio}: expected a part, in [0, 1)")
+        raise InputError(f"ratio {ratio}: expected a fraction, in [0, 1)")
     keep = torch.rand(s.shape, generator=generator, dtype=torch.float32, device="cpu") >= ratio
     return s * keep.to(s.device) / (1 - ratio)
 
 
 def slerp(a, b, alpha):
-    """From a to b along the great circle, by a part alpha of the angle between them; unit-norm."""
+    """From a to b along the great circle, by alpha times the angle between them; unit-norm."""
 
     def across(v):
         return v - (v * a).sum(-1, keepdim=True) * a
@@ -91,7 +91,7 @@ def mix(a, b, alpha, method="slerp", generator=None):
 
     alpha   0 is a, 1 is b; a number or (..., 1)
     method  slerp (along the great circle), lerp (along the chord), concat (the first entries from
-            a, the last from b) or mask (a random part of the entries from b); InputError for others
+            a, the last from b) or mask (random entries from b); InputError for others
     """
     a = F.normalize(a, dim=-1)
     b = F.normalize(b, dim=-1)
@@ -201,8 +201,8 @@ def directions_by_svd(features, device):
 
 def principal_directions(features, row_range, distributed, device):
     """-> mean of the snippets (D,); eigenvectors of their covariance, orthonormal rows
-    (min(N, D), D), largest variance first; the part of the variance that the first 1, 2, .. of them
-    keep. All float64; the same on all processes."""
+    (min(N, D), D), largest variance first; the fraction of the variance that the first 1, 2, .. of
+    them keep. All float64; the same on all processes."""
     N, D = features.shape
     if N >= D:
         mean, directions, values = directions_by_covariance(
@@ -231,9 +231,9 @@ class MemoryBank:
     mean: np.ndarray  # (D,) float32
     basis: np.ndarray  # (r, D) float32, orthonormal rows, largest variance first
     coef: np.ndarray  # (N, r) int8, float16 or float32
-    scale: np.ndarray  # (N,) float32: what one step of a row is worth (1 for floats)
+    scale: np.ndarray  # (N,) float32: quantisation step of each row (1 for floats)
     labels: np.ndarray  # (N,) int64, -1 where there is none; (0,): the bank has none
-    energy: float  # part of the variance that the basis kept when the bank was built
+    energy: float  # fraction of the variance that the basis kept when the bank was built
     encoder: str  # what made the features
     id: str = ""  # hash of the content; a bank that is loaded has that of its file
     file: str = None  # where it was loaded from
@@ -362,10 +362,6 @@ class MemoryBank:
     def device_tensors(self):
         return {}
 
-    @cached_property
-    def row_numbers(self):
-        return np.arange(len(self))
-
     def tensors_on(self, device):
         """-> mean, basis as tensors, copied to a device once"""
         if device not in self.device_tensors:
@@ -387,7 +383,7 @@ class MemoryBank:
             scale = torch.from_numpy(np.array(self.scale[index]))
         else:
             if not torch.is_tensor(index):  # IndexError here, not in a kernel
-                index = torch.from_numpy(np.array(self.row_numbers[index])).to(self.device)
+                index = torch.from_numpy(np.array(np.arange(len(self))[index])).to(self.device)
             coef, scale = [stored[index] for stored in self.on_device]
         return coef.float() * scale[..., None]
 
@@ -424,7 +420,8 @@ class MemoryBank:
             raise InputError(f"k {k}: expected 1 or more")
         s = F.normalize(float_tensor(features, self.device), dim=-1)
         cosine, index = self.search(s.reshape(-1, self.dim), k, np.arange(len(self)))
-        return cosine.reshape(*s.shape[:-1], -1), index.reshape(*s.shape[:-1], -1)
+        shape = (*s.shape[:-1], cosine.shape[1])
+        return cosine.reshape(shape), index.reshape(shape)
 
     def search(self, s, k, rows):
         """s (B, D) unit-norm; the indices of the rows that are compared, an array -> cosine (B, k),
@@ -452,15 +449,17 @@ class MemoryBank:
 
     @cached_property
     def distinct(self):
-        """-> label of each row (N,), 0 where the bank has none; for each row the first row equal to
-        it, of the same label (N,); these first rows, in the order of their labels (U,)"""
+        """-> label of each row (N,), 0 where the bank has none; for each row the first row of the
+        same coefficients (N,); the first rows of the same coefficients and label, by label (U,)"""
         labels = self.labels if len(self.labels) else np.zeros(len(self), np.int64)
-        parts = [self.coef, self.scale[:, None], labels[:, None]]
+        parts = [self.coef, self.scale[:, None]]
         stored = [np.ascontiguousarray(part).view(np.uint8) for part in parts]
         row_bytes = np.ascontiguousarray(np.concatenate(stored, axis=1))
         row_bytes = row_bytes.view(np.dtype((np.void, row_bytes.shape[1]))).ravel()
         _, first, inverse = np.unique(row_bytes, return_index=True, return_inverse=True)
-        return labels, first[inverse], first[np.argsort(labels[first], kind="stable")]
+        content = first[inverse]
+        _, first_rows = np.unique((labels + 1) * len(self) + content, return_index=True)
+        return labels, content, first_rows
 
     @isolated
     def neighbours(self, rows, k, same_class=True):
@@ -468,19 +467,20 @@ class MemoryBank:
         most similar first; of its own class, where it has a label. Equal rows count once.
         Where there are fewer than k: cosine -1, index -1."""
         rows = np.asarray(torch.as_tensor(rows).cpu()).reshape(-1)
-        labels, representative, first_rows = self.distinct
+        labels, content, first_rows = self.distinct
+        content_of = torch.from_numpy(content).to(self.device)
         cosine = torch.full((len(rows), k), -1.0, dtype=torch.float32, device=self.device)
         index = torch.full((len(rows), k), -1, dtype=torch.int64, device=self.device)
         if not same_class:
-            labels = np.zeros_like(labels)
+            labels = np.full_like(labels, -1)
         sorted_labels = labels[first_rows]
         for label in np.unique(labels[rows]):
             start, stop = np.searchsorted(sorted_labels, [label, label + 1])
-            candidates = first_rows if label < 0 else first_rows[start:stop]
+            candidates = first_rows[start:stop] if label >= 0 else np.unique(content)
             places = np.flatnonzero(labels[rows] == label)
             found = self.search(self[rows[places]], k + 1, candidates)
-            own = torch.from_numpy(representative[rows[places]]).to(self.device)
-            other_cosine = found[0].masked_fill(found[1] == own[:, None], -2)  # the row itself
+            own = torch.from_numpy(content[rows[places]]).to(self.device)
+            other_cosine = found[0].masked_fill(content_of[found[1]] == own[:, None], -2)
             count = min(k, len(candidates) - 1)
             best, order = other_cosine.topk(count)
             places = torch.from_numpy(places).to(self.device)
@@ -1390,7 +1390,9 @@ def prepare_anew(src, out, device, settings, made_of):
     tokenizer, encode = load_networks(settings, device)
     features, tokens = encode(torch.zeros(1, 3, size, size, device=device))
     if settings["patches"] and tokens is None:
-        raise InputError(f"the encoder {settings['encoder']} has no patch tokens for --patches")
+        raise InputError(
+            f"the encoder {settings['encoder']} has no patch tokens (for --patches or --align)"
+        )
     images = Images(src, size, settings["skip_bad"], settings["flip"], out)
     arrays = arrays_to_fill(images, tokenizer, features, tokens, settings)
     note(f"{out} takes {space_of(arrays)[1]}")
@@ -1820,16 +1822,16 @@ DATA_SETTINGS = {
         "thumbnail, dinov2_vits14, dinov2_vitb14, dinov2_vitl14, or a file of a DINOv2",
     ),
     "rank": (RANK, rank_or_full, "directions that the bank keeps, or full"),
-    "flip": (False, bool, "add the mirrored images, as many entries more"),
+    "flip": (False, bool, "add the mirror image of each image, with its own row of the bank"),
     "skip_bad": (False, bool, "leave out files that cannot be read as images"),
     "max_pixels": (
         None,
         in_range(1),
-        "refuse images of more than twice as many pixels (default: Pillow's)",
+        "refuse images of over twice as many pixels (default: Pillow's)",
     ),
 }
 BANK_SETTINGS = {
-    "features": (None, str, ".npy or .pt (N, D), encoded elsewhere; without --data OUT is a bank"),
+    "features": (None, str, "features (N, D), .npy or .pt; without --data OUT is their bank"),
     "dtype": ("int8", DTYPES, "dtype of the bank's coefficients (with --rank full not int8)"),
     "patches": (False, bool, "keep the patch tokens too, for train.py --align"),
 }

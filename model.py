@@ -1,14 +1,14 @@
 """The networks of GMem (arXiv 2412.08781): a flow-matching transformer that is shown one snippet.
 
     x_t = (1 - t) z + t x          z ~ N(0, I), time t runs from noise (0) to data (1)
-    v(x_t, t, s)  ->  x - z        s: the unit-norm snippet of x, a random part of its entries zero
-    loss = |v - (x - z)|^2 + 1 - cos(v, x - z)       means; the cosine is over channels
+    v(x_t, t, s)  ->  x - z        s: the unit-norm snippet of x, random entries of it zero
+    loss = |v - (x - z)|^2 + 1 - cos(v, x - z)       mean over pixels; the cosine is over channels
 
     ODE  dx_t = v dt
     SDE  dx_t = (v + w score) dt + sqrt(2 w) dW      w(t) = 1 - t, score = (t v - x_t) / (1 - t)
     guidance  v = v_null + cfg (v_s - v_null)        where LO <= t <= HI
 
-- one class is SiT (arXiv 2401.08740) and LightningDiT (arXiv 2501.01423), by switches of SiTConfig
+- class SiT is SiT (arXiv 2401.08740) and LightningDiT (arXiv 2501.01423), by switches of SiTConfig
 - the network may predict x instead of v, for large patches (arXiv 2511.13720); it returns v
 - the snippet is projected, added to the time embedding, and reaches each block by adaLN; in the
   small models it is also projected to each token
@@ -61,9 +61,8 @@ class SiTConfig:
     rope: bool = False
     qk_norm: bool = False
     zero_init: bool = True  # adaLN-zero: every block starts as the identity, the output as zero
-    predict_x: bool = (
-        False  # the network gives x, v = (x - x_t) / max(1 - t, 0.05): for large patches
-    )
+    # the network gives x, v = (x - x_t) / max(1 - t, 0.05): for large patches
+    predict_x: bool = False
     align_dim: int = 0  # REPA: block align_depth is projected to features of this width; 0: off
     align_depth: int = 4
 
@@ -239,7 +238,7 @@ class FinalLayer(nn.Module):
 
 
 class SiT(nn.Module):
-    """v(x_t, t, s): see forward. Set memory_mean, the mean of the snippets, before training."""
+    """v(x_t, t, s): see forward. With memory_center, first set memory_mean, the snippets' mean."""
 
     def __init__(self, config):
         super().__init__()
@@ -272,7 +271,7 @@ class SiT(nn.Module):
         """linear layers, patch embedding (flattened)    Xavier uniform, bias 0
         norms                                         1, bias 0
         t_embedder, y_embedder                        normal, std 0.02
-        adaLN, final_layer.linear                     0 (official GMem, zero_init=False: as others)
+        adaLN, final_layer.linear                     0 (zero_init=False, GMem: as linear layers)
         buffers                                       position tables; memory_mean 0
         """
         for module in self.modules():
@@ -336,10 +335,10 @@ class SiT(nn.Module):
             if self.training and config.align_dim and i == config.align_depth:
                 projected = self.projector[0](tokens)
 
-        v = self.unpatchify(self.final_layer(tokens, c))
-        if config.predict_x:  # it is x until here; the bound keeps v finite
-            v = (v - x) / (1 - t[:, None, None, None]).clamp_min(0.05).to(dtype)  # arXiv 2511.13720
-        return v if projected is None else (v, projected)
+        out = self.unpatchify(self.final_layer(tokens, c))
+        if config.predict_x:  # out is x (arXiv 2511.13720); the bound keeps v finite
+            out = (out - x) / (1 - t[:, None, None, None]).clamp_min(0.05).to(dtype)
+        return out if projected is None else (out, projected)
 
 
 # -------------------------------------------------------------------------------- loss and samplers
@@ -360,7 +359,7 @@ def flow_loss(
 
     x               (B, C, H, W) data, of any float type; s (B, D) snippets
     y               (B,) labels, -1 where there is none
-    cond_drop_prob  part of the images that are shown with the null condition
+    cond_drop_prob  fraction of the images that are shown with the null condition
     targets         (B, T, align_dim) features for the projected tokens (REPA); align: their weight
     t_mean, t_std   mean and standard deviation of the logit of t, which is normal
     All draws are from torch's default generator: t, z, which images to drop; then the model's mask.
@@ -494,7 +493,7 @@ def check_config(config):
             "need multiples of 4"
         )
     if not 0 <= config.mask_ratio < 1:
-        raise InputError(f"mask_ratio {config.mask_ratio}: expected a part, in [0, 1)")
+        raise InputError(f"mask_ratio {config.mask_ratio}: expected a fraction, in [0, 1)")
     if config.align_dim and not 1 <= config.align_depth <= config.depth:
         raise InputError(f"align_depth {config.align_depth}: not one of {config.depth} blocks")
 

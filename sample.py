@@ -34,7 +34,7 @@ import memory
 from memory import InputError, MemoryBank, in_range, note, rank_world
 from model import guided, load_file, load_sit, ode, sde
 
-NEIGHBOURS = 10  # of a row of the bank, that --new takes its step from
+NEIGHBOURS = 10  # nearest rows, whose covariance gives the step of --new
 
 # -------------------------------------------------------------------------- from snippets to images
 
@@ -45,11 +45,11 @@ def mixed_seed(*numbers):
 
 
 def draw_rows(ids, seed, count):
-    """-> for each image number a random one of count: its row of the bank, or its label"""
+    """-> for each image number a random index below count: of a row of the bank, or a label"""
     return torch.tensor([int(np.random.default_rng([seed, i]).integers(count)) for i in ids])
 
 
-TRAINING, NOISE, MASK, NEW = range(4)  # what random numbers are for
+TRAINING, NOISE, MASK, NEW = range(4)  # each purpose has its own stream of random numbers
 
 
 def generators_of(purpose, seed, ids):
@@ -76,14 +76,14 @@ def generate(
     s       (B, D) snippets, if the model has memory
     y       (B,) labels, if it has these
     method  euler, heun, sde-euler, sde-heun; see model.ode, model.sde and model.guided
-    mask    part of a snippet's entries set to zero (to the mean's, where snippets are centred)
+    mask    fraction of a snippet's entries set to zero (to the mean's, where snippets are centred)
     dtype   of the network: bfloat16 or float32
     """
     config = model.config
     device = next(model.parameters()).device
     generators = generators_of(NOISE, seed, ids)
 
-    def noise(like=None):
+    def noise(x=None):  # sde passes x, whose shape is known
         shape = (config.in_channels, config.input_size, config.input_size)
         return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
@@ -414,7 +414,7 @@ SAMPLER = {  # of generate
         {"type": float, "nargs": 2, "metavar": ("LO", "HI")},
         "apply guidance only while LO <= t <= HI",
     ),
-    "mask": (0.0, in_range(0, 1, float), "part of a snippet's entries set to zero"),
+    "mask": (0.0, in_range(0, 1, float), "fraction of a snippet's entries masked"),
     "dtype": (
         None,
         ("bfloat16", "float32"),
@@ -427,7 +427,7 @@ SETTINGS = {
     "num_images": (None, in_range(1), "number of images (default: 64; with --add, --mix 8 a row)"),
     "batch_size": (64, in_range(1), "images of one forward pass"),
     **SAMPLER,
-    "label": (None, str, "class of all images: a name in meta.json, or a number"),
+    "label": (None, str, "class of all images: the name of its folder, or its number"),
     "new": (False, bool, "new images: snippets around rows of the bank"),
     "spread": (1.0, in_range(0, kind=float), "with --new: size of the step away from the row"),
     "add": (
@@ -449,7 +449,7 @@ SETTINGS = {
     ),
     "bank": (None, str, "bank file, in place of the checkpoint's"),
     "encoder": (None, str, "for --add and --mix: file with the weights of the bank's encoder"),
-    "tokenizer": (None, str, "autoencoder of official weights, or the checkpoint's own as a file"),
+    "tokenizer": (None, str, "with official weights: autoencoder; else: place of CKPT's own"),
     "latent_stats": (None, str, "with official weights: file with mean and std of latents"),
     "device": (None, str, "cuda, mps or cpu (default: the best there is)"),
     "compile": (False, bool, "compile the network by torch.compile"),
@@ -478,8 +478,10 @@ def arguments():
         modes.append("new")
     if args.new and (args.add is not None or args.mix is not None):
         raise InputError(f"--new and --{modes[0]} exclude each other: both say which snippets")
-    if args.save_bank is not None and args.add is None:
-        raise InputError("--save-bank goes with --add")
+    for flag, mode in (("save_bank", "add"), ("mix_method", "mix"), ("spread", "new")):
+        default = SETTINGS[flag][0]
+        if getattr(args, flag) != default and mode not in modes:
+            raise InputError(f"--{flag.replace('_', '-')} goes with --{mode}")
     if os.path.isdir(args.ckpt):
         args.ckpt = os.path.join(args.ckpt, "ckpt.pt")
     if args.out is None:

@@ -2767,6 +2767,7 @@ def test_nearest_is_the_largest_cosine(rank):
     similarity, index = bank.nearest(query, 4)
     assert torch.allclose(similarity, want.values, atol=1e-5)
     assert torch.equal(index, want.indices)
+    assert bank.nearest(query[:0], 4)[1].shape == (0, 4)
 
 
 def test_every_method_of_a_bank_takes_one_vector_or_several(bank):
@@ -2903,6 +2904,17 @@ def test_neighbours_of_all_classes_are_padded_when_there_are_too_few(bank):
     assert (index[0, :2] >= 0).all()
     assert index[0, 2:].tolist() == [-1, -1]
     assert cosine[0, 2:].tolist() == [-1, -1]
+
+
+def test_a_row_of_the_same_coefficients_in_another_class_is_no_neighbour():
+    coef = np.random.default_rng(0).normal(size=(6, 3))
+    once = bank_of(coef)
+    twice = bank_of(np.concatenate([coef, coef]), [0] * 6 + [1] * 6)
+    cosine, index = once.neighbours(range(6), 3)
+    got, rows = twice.neighbours(range(6, 12), 3, same_class=False)
+    assert torch.equal(rows, index)
+    assert torch.allclose(got, cosine, atol=1e-6)
+    assert torch.equal(twice.neighbours(range(6, 12), 3)[1], index + 6)  # of its own class
 
 
 def test_a_row_without_a_label_has_neighbours_of_all_classes():
@@ -3987,7 +3999,7 @@ BAD_MEMORY = {
     "--out out --data t.npz": "t.npz is not an .npz of arrays, or damaged",
     "--out out --data glyphs --encoder clip": "clip is no file, and none of dinov2_vits14",
     "--out out --data glyphs --tokenizer vae": "vae is no file, and none of sd-vae-ft-ema",
-    "--out out --data glyphs --patches": "thumbnail has no patch tokens for --patches",
+    "--out out --data glyphs --patches": "thumbnail has no patch tokens (for --patches or --align)",
     "--out out --data glyphs --image-size 0": "--image-size: 0 is not in [1, inf)",
     "--out out --nonsense": "unrecognized arguments: --nonsense",
     "--features g.npy": "give --out",
@@ -5139,6 +5151,7 @@ def test_a_resumed_run_keeps_its_micro_batch_on_another_number_of_processes():
 
 def test_a_batch_that_does_not_divide_among_the_processes_is_refused():
     refused("63 or 66", split, 64, None, 3)
+    refused("for 8 processes give 8$", split, 4, None, 8)
 
 
 def test_a_micro_batch_that_does_not_divide_the_batch_is_refused():
@@ -5846,7 +5859,7 @@ def test_new_images_are_generated_from_snippets_around_drawn_rows(sampled, new):
 
 def test_new_snippets_are_no_rows_of_the_bank_and_no_farther_than_rows_are(letters_bank, capsys):
     new_snippets_of(letters_bank, range(260))
-    printed = re.search(r"nearest other one: ([\d.]+) ", capsys.readouterr().out)
+    printed = re.search(r"nearest other row: ([\d.]+) ", capsys.readouterr().out)
     s = new_snippets_of(letters_bank, range(260))
     rows = letters_bank[:]
     to_rows = torch.cdist(s, rows).amin(1).median()
@@ -6082,6 +6095,8 @@ BAD_SAMPLE = {
     "--ckpt ok --out out --mix a.png 0": "a.png",
     "--ckpt ok --out out --add empty": "no images",
     "--ckpt ok --num-images 1 --out file": "file",
+    "--ckpt ok --spread 0.5": "--spread goes with --new",
+    "--ckpt ok --mix-method lerp": "--mix-method goes with --mix",
     "--ckpt ok --num-images 1 --out ok/data": "the folder holds other files, such as",
     "--ckpt ok --num-images 1 --out ok/data --add images/class0/000.png --save-bank more.pt": (
         "the folder holds other files, such as"

@@ -39,7 +39,7 @@ from sample import TRAINING, decode, draw_rows, generate, mixed_seed, save_image
 # ----------------------------------------------------------------------------------------- settings
 
 MICRO_BATCH = 128  # images of a forward pass, at most, where --micro-batch is not given
-MICRO_TOKENS = 128 * 256  # tokens of it: 32 images of 1,024 tokens
+MICRO_TOKENS = 128 * 256  # tokens of a forward pass, at most: 32 images of 1,024
 GIVE_UP = 50  # consecutive skipped steps that end a run, at the next line of the log
 
 # The preset imagenet256-xl, from which the others differ. Sources are files of the official GMem;
@@ -121,21 +121,21 @@ SETTINGS = {
     "condition": ("memory", CONDITIONS, "what the network sees: a snippet, a label, or nothing"),
     "memory_scale": ("unit", scale, "factor on snippets; unit: centred, scaled to unit variance"),
     "memory_tokens": (None, bool, "add the snippet to each token too (default: in SiT-T)"),
-    "mask_ratio": (0.4, fraction, "part of each snippet's entries that training sets to zero"),
+    "mask_ratio": (0.4, fraction, "fraction of each snippet's entries masked in training"),
     "zero_init": (True, bool, "adaLN and the last layer start at zero (official GMem: no)"),
-    "align_depth": (4, in_range(1), "number of the block whose tokens --align compares"),
-    "steps": (1300, in_range(1), "training steps, also those before --resume; scales --decay"),
+    "align_depth": (4, in_range(1), "number of the block that --align compares with DINOv2"),
+    "steps": (1300, in_range(1), "training steps in all; without --resume --decay scales with it"),
     "batch_size": (128, in_range(1), "images of one step, over all processes"),
-    "micro_batch": (None, in_range(1), "images of a forward pass (default: up to 32,768 tokens)"),
+    "micro_batch": (None, in_range(1), "images of a forward pass (default: up to 128)"),
     "lr": (2e-3, positive, "peak learning rate of AdamW"),
     "beta2": (0.95, fraction, "decay rate of AdamW's second moments"),
     "warmup": (50, in_range(0), "steps of linear warm-up of the learning rate"),
-    "decay": ((750, 1300), steps_from_to, "steps A B: the rate falls to 0 from A to B; 0 0: never"),
+    "decay": ((750, 1300), steps_from_to, "A B: the rate falls to 0 from step A to B; 0 0: never"),
     "clip": (1.0, positive, "largest gradient norm; larger gradients are scaled down to it"),
     "ema": (0.9999, fraction, "decay rate of the moving average of the weights (EMA)"),
     "ema_ramp": (True, bool, "the EMA's decay rate is at most (1 + step) / (10 + step)"),
-    "cond_drop_prob": (0.1, fraction, "part of the images that is shown with the null condition"),
-    "align": (0.0, not_negative, "weight of REPA's alignment loss; needs memory.py --patches"),
+    "cond_drop_prob": (0.1, fraction, "fraction of images shown with the null condition"),
+    "align": (0.0, not_negative, "weight of REPA's alignment loss; needs --encoder dinov2_*"),
     "t_mean": (-0.8, any_number, "mean of the logit of the times t (official GMem: 0)"),
     "t_std": (0.8, positive, "standard deviation of the logit of t (official GMem: 1)"),
     "seed": (0, in_range(0, 2**63), "seed of initial weights, order of images, noise and masks"),
@@ -290,8 +290,9 @@ class Trainer:
         self.optimizer.param_groups[0]["lr"] = learning_rate(self.step, self.args)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.args.clip)
         finite = torch.isfinite(loss + norm)  # the same on all processes
-        self.optimizer.found_inf = (~finite).float()  # as by GradScaler: AdamW changes nothing
-        # but that of Apple's GPUs does (pytorch/pytorch#186360), so the loss is waited for there
+        # as GradScaler does: with found_inf set, fused AdamW changes nothing; on Apple's GPUs it
+        # ignores found_inf (pytorch/pytorch#186360): there the loss is waited for
+        self.optimizer.found_inf = (~finite).float()
         if self.device.type != "mps" or finite:
             self.optimizer.step()
         self.optimizer.zero_grad()
@@ -398,7 +399,7 @@ def train(trainer, net, loader, micro_batch, accumulate, tokenizer):
                 on_first_process(preview, trainer, loader, tokenizer)
         if args.keep_every is not None and trainer.step % args.keep_every == 0:
             on_first_process(trainer.save, loader, micro_batch, f"ema-{trainer.step:07d}.pt", True)
-        t0 += time.time() - began  # not the training's
+        t0 += time.time() - began  # saving is not training time
         if stop:
             break
 
@@ -570,7 +571,7 @@ def split(batch_size, micro_batch, num_processes, most=MICRO_BATCH, before=None)
     where that does not divide the batch, it is the largest up to `most` that does."""
     if batch_size % num_processes != 0:
         less = batch_size // num_processes * num_processes
-        fits = f"{less or num_processes} or {less + num_processes}"
+        fits = f"{less} or {less + num_processes}" if less else str(num_processes)
         raise InputError(f"--batch-size {batch_size}: for {num_processes} processes give {fits}")
     share = batch_size // num_processes
     sizes = [size for size in range(1, share + 1) if share % size == 0]
@@ -663,7 +664,9 @@ def run(given, device):
         introduce(trainer, loader, micro_batch, accumulate, before, most)
     if trainer.step >= args.steps:
         if process == 0:
-            print(f"nothing to do: --steps {args.steps:,} in all; give more to go on")
+            print(
+                f"nothing to do: --steps {args.steps:,} in all; to go on give more, and --decay A B"
+            )
         return
 
     # what would otherwise fail after hours
