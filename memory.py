@@ -272,7 +272,7 @@ class MemoryBank:
     ):
         """A bank of features (N, D) of any float type and norm: a tensor, an array, a memmap larger
         than memory, or whatever has a shape and gives rows when sliced. They are read twice, in
-        blocks: for mean and Gram matrix, whose eigenvectors are the basis, and for coefficients.
+        blocks: for mean and covariance, whose eigenvectors are the basis, and for coefficients.
 
         rank         directions kept, or "full": all, and float16 instead of int8; above min(N, D)
                      it is lowered, with a warning

@@ -2116,7 +2116,7 @@ def test_mask_sets_a_part_to_zero_and_divides_the_rest():  # dropout
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.0])
 def test_a_mask_of_all_entries_or_of_less_than_none_is_refused(ratio):
-    refused(f"ratio {ratio}: expected a part", mask, torch.ones(2, 4), ratio)
+    refused(f"ratio {ratio}: expected a fraction", mask, torch.ones(2, 4), ratio)
 
 
 def test_mask_takes_every_entry_equally_often():
@@ -2477,7 +2477,7 @@ def test_features_are_read_in_slices_of_bounded_size():
     bank = MemoryBank.build(Sliced(), 24)
     assert bank.id == MemoryBank.build(f, 24).id
     assert max(sizes) <= 4096
-    assert sum(sizes) == 2 * 9001  # read twice
+    assert sum(sizes) == 2 * 9001 + 4096  # twice, and the first block for the origin
 
 
 def test_on_an_apple_gpu_the_bank_is_computed_on_the_cpu():
@@ -3052,8 +3052,9 @@ def test_added_rows_far_from_the_bank_are_accurate_in_int8():
     wide = bank.extend(-old[:3])  # the opposite one
     want = -F.normalize(old[:3], dim=1)
     assert wide.coef.dtype == np.int8
-    assert distances(wide[400:], want).max() < 0.022
-    assert distances(wide[400:], want).mean() < 0.015
+    half_a_step = torch.tensor(wide.scale[400:]) / 2  # in each direction, at most
+    assert (distances(wide[400:], want) < half_a_step * wide.rank**0.5).all()
+    assert distances(wide[400:], want).max() < 0.025
     assert torch.allclose(wide[:400], bank[:], atol=1e-6)
 
 
