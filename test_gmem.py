@@ -5969,6 +5969,11 @@ def test_audit_of_new_images_knows_no_image_of_their_snippet(sampled):
     assert Image.open("a.png").size == (6 * 64, 2 * 64)  # the images, below them the nearest
 
 
+def test_a_grid_may_end_in_capitals(sampled):
+    run(f"sample.py --ckpt {sampled}/out {SIX_IMAGES} --out grid.PNG")
+    assert Image.open("grid.PNG").size == (2 * 64, 3 * 64)
+
+
 def test_audit_into_a_folder_replaces_the_images_of_an_audit_before(sampled):
     command = f"sample.py --ckpt {sampled}/out {SIX_IMAGES} --out pictures --audit"
     run(command)
