@@ -134,7 +134,7 @@ def isolated(method):
 def float_tensor(features, device):
     """(..., D) of any float type -> float32; an array becomes a tensor on device"""
     if not torch.is_tensor(features):
-        features = torch.tensor(features, device=device)
+        features = torch.tensor(np.asarray(features, np.float32), device=device)
     return features.detach().float()
 
 

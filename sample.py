@@ -449,7 +449,7 @@ SETTINGS = {
     ),
     "bank": (None, str, "bank file, in place of the checkpoint's"),
     "encoder": (None, str, "for --add and --mix: file with the weights of the bank's encoder"),
-    "tokenizer": (None, str, "with official weights: autoencoder; else: place of CKPT's own"),
+    "tokenizer": (None, str, "autoencoder of official weights, or new place of the checkpoint's"),
     "latent_stats": (None, str, "with official weights: file with mean and std of latents"),
     "device": (None, str, "cuda, mps or cpu (default: the best there is)"),
     "compile": (False, bool, "compile the network by torch.compile"),
@@ -626,7 +626,10 @@ def main():
         return memory.in_batches(lambda x: encoder(x)[0], images, device)
 
     plan = planned(args, config, meta, bank, encode, size, device)
-    check_out(args.out, max(len(plan.ids) + len(plan.given), 48))  # 48: three lines of --audit
+    count = len(plan.ids) + len(plan.given)
+    if args.audit is not None:  # see audit_images
+        count = min(count, 16) * (2 if plan.rows is None else 3)
+    check_out(args.out, count)
     if args.audit is not None:
         data, held_out = audit_data(args, bank_path, bank, config, meta, tokenizer, device)
     if args.compile:

@@ -2463,6 +2463,15 @@ def test_features_may_be_a_tensor_an_array_or_a_memmap_of_any_float_type(form):
     assert bank.id == want.id
 
 
+@pytest.mark.parametrize("dtype", [">f4", "<f8", "<f2"])
+def test_features_of_every_float_type_and_byte_order_make_a_bank(dtype):
+    f = features(700, 48).numpy().astype(dtype)
+    bank = MemoryBank.build(f, 24)
+    want = MemoryBank.build(torch.tensor(f.astype(np.float32)), 24)
+    assert bank.id == want.id
+    assert torch.equal(bank.project(f[:2]), want.project(f[:2].astype(np.float32)))
+
+
 def test_features_are_read_in_slices_of_bounded_size():
     f = features(9001, 48)
     sizes = []
@@ -5981,6 +5990,8 @@ def test_audit_into_a_folder_replaces_the_images_of_an_audit_before(sampled):
     assert len(names) == 18  # each image, that of its snippet, the nearest one
     run(command)
     assert sorted(os.listdir("pictures")) == names
+    line = run(command.removesuffix(" --audit"), fails=True)  # 12 of the 18 would stay
+    assert "the folder holds other files" in line
 
 
 def test_distances_to_the_nearest_latents_are_those_of_all_comparisons():

@@ -130,7 +130,7 @@ SETTINGS = {
     "lr": (2e-3, positive, "peak learning rate of AdamW"),
     "beta2": (0.95, fraction, "decay rate of AdamW's second moments"),
     "warmup": (50, in_range(0), "steps of linear warm-up of the learning rate"),
-    "decay": ((750, 1300), steps_from_to, "A B: the rate falls to 0 from step A to B; 0 0: never"),
+    "decay": ((750, 1300), steps_from_to, "the rate falls to 0 from step A to B; 0 0: never"),
     "clip": (1.0, positive, "largest gradient norm; larger gradients are scaled down to it"),
     "ema": (0.9999, fraction, "decay rate of the moving average of the weights (EMA)"),
     "ema_ramp": (True, bool, "the EMA's decay rate is at most (1 + step) / (10 + step)"),
