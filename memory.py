@@ -13,31 +13,23 @@
 
 SRC is a folder of images (flat, or class sub-folders, which become labels), one image, uint8
 (N, H, W, 3) in an .npy or .npz (arr_0; labels: arr_1), or `glyphs`, a data set drawn on the spot.
-DIR gets latents.npy, labels.npy, bank.pt, files.txt and meta.json.
+DIR gets latents.npy, labels.npy, bank.pt, files.txt (the order of the images) and meta.json. A
+folder is prepared once; a preparation that was killed goes on when the command is given again.
 
-The core comes first: mask, mix, the truncated SVD, MemoryBank. For these the file can be copied
-alone; networks need model.py. Below the double ruler come images, tokenizers, encoders, the
-preparation of a data set, and what the commands share.
+For mask, mix and MemoryBank this file can be copied alone; tokenizers and encoders are in model.py.
 """
 
 import argparse
-import atexit
 import hashlib
-import io
 import json
 import os
-import shutil
-import socket
 import sys
 import warnings
-import zipfile
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
-from functools import cache, cached_property, wraps
-from multiprocessing.pool import ThreadPool
+from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -48,12 +40,14 @@ from tqdm import tqdm
 
 try:
     import fcntl
-except ImportError:  # Windows
+except ImportError:  # Windows has no file locks
     fcntl = None
 
 RANK = 64  # of a bank, by default
 DTYPES = ("int8", "float16", "float32")  # of a bank's coefficients
-BLOCK = 4096  # rows that are worked on at a time
+BLOCK = 4096  # rows of a bank that are computed at a time
+EQUAL = 1 - 1e-6  # rows of a larger cosine count as the same
+THREADS = ThreadPoolExecutor(min(16, os.cpu_count() or 1))  # they decode images
 
 
 class InputError(ValueError):
@@ -64,157 +58,103 @@ class InputError(ValueError):
 
 
 def mask(s, ratio, generator=None):
-    """Dropout: a random fraction of the entries of s (B, D) is zero, the rest divided by 1 - ratio.
-    InputError unless 0 <= ratio < 1."""
-    if not 0 <= ratio < 1:
-        raise InputError(f"ratio {ratio}: expected a fraction, in [0, 1)")
-    keep = torch.rand(s.shape, generator=generator, dtype=torch.float32, device="cpu") >= ratio
+    """Dropout: a random fraction of the entries of s (B, D) is zero, the rest divided by 1 - ratio,
+    which is in [0, 1)."""
+    keep = torch.rand(s.shape, generator=generator, dtype=torch.float32) >= ratio
     return s * keep.to(s.device) / (1 - ratio)
 
 
-def slerp(a, b, alpha):
-    """From a to b along the great circle, by alpha times the angle between them; unit-norm."""
-
-    def across(v):
-        return v - (v * a).sum(-1, keepdim=True) * a
-
-    side = across(b)
-    gap = side.norm(dim=-1, keepdim=True)
-    angle = alpha * torch.atan2(gap, (a * b).sum(-1, keepdim=True))
-    axis = F.one_hot(a.abs().argmin(-1), a.shape[-1]).to(a)
-    side = torch.where(gap < 1e-5, across(axis), side)  # equal or opposite: any way round will do
-    return angle.cos() * a + angle.sin() * F.normalize(side, dim=-1)
-
-
-def mix(a, b, alpha, method="slerp", generator=None):
-    """Snippets between a and b (..., D) -> (..., D), unit-norm.
+def mix(a, b, alpha, method="slerp"):
+    """Snippets between a and b, (..., D), unit-norm.
 
     alpha   0 is a, 1 is b; a number or (..., 1)
-    method  slerp (along the great circle), lerp (along the chord), concat (the first entries from
-            a, the last from b) or mask (random entries from b); InputError for others
+    method  slerp: along the great circle, by alpha times the angle; lerp: along the chord
     """
+    assert method in ("slerp", "lerp"), method
     a = F.normalize(a, dim=-1)
     b = F.normalize(b, dim=-1)
-    D = a.shape[-1]
     alpha = torch.as_tensor(alpha, dtype=a.dtype, device=a.device)
-    arc = slerp(a, b, alpha)
-    if method == "slerp":
-        return arc
     if method == "lerp":
-        mixed = torch.lerp(a, b, alpha)
-    elif method == "concat":
-        mixed = torch.where(torch.linspace(1, 0, D + 1).to(a)[1:] < alpha, b, a)
-    elif method == "mask":
-        draws = torch.rand(D, generator=generator, dtype=torch.float32, device="cpu")
-        mixed = torch.where(draws.to(a.device) < alpha, b, a)
-    else:
-        raise InputError(f"unknown method {method} of mixing; known: slerp, lerp, concat, mask")
-    vanished = mixed.norm(dim=-1, keepdim=True) < 1e-4  # halfway between opposite ones
-    return F.normalize(torch.where(vanished, arc, mixed), dim=-1)
+        return F.normalize(torch.lerp(a, b, alpha), dim=-1)
+    cosine = (a * b).sum(-1, keepdim=True)
+    across = b - cosine * a  # the part of b at right angles to a
+    angle = alpha * torch.atan2(across.norm(dim=-1, keepdim=True), cosine)
+    return F.normalize(angle.cos() * a + angle.sin() * F.normalize(across, dim=-1), dim=-1)
 
 
 # ------------------------------------------------------------------------- features to coefficients
 
 
-def isolated(method):
-    """The method without gradients, inference mode and autocast, whatever the caller has switched
-    on: it computes in float32."""
-
-    @wraps(method)
-    def computed(*args, **options):
-        cpu = torch.autocast("cpu", enabled=False)
-        cuda = torch.autocast("cuda", enabled=False)
-        mps = torch.autocast("mps", enabled=False)
-        with torch.inference_mode(False), torch.no_grad(), cpu, cuda, mps:
-            return method(*args, **options)
-
-    return computed
+@contextmanager
+def full_float32():
+    """Within it nothing has a gradient, and float32 is float32: without autocast and TF32, whatever
+    the caller has switched on."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    cpu = torch.autocast("cpu", enabled=False)
+    cuda = torch.autocast("cuda", enabled=False)
+    try:
+        with torch.inference_mode(False), torch.no_grad(), cpu, cuda:
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def float_tensor(features, device):
-    """(..., D) of any float type -> float32; an array becomes a tensor on device"""
+    """(..., D) of any float type -> float32 on device; an array is copied"""
     if not torch.is_tensor(features):
-        features = torch.tensor(np.asarray(features, np.float32), device=device)
-    return features.detach().float()
+        features = torch.tensor(np.asarray(features, np.float32))
+    return features.detach().to(device, torch.float32)
+
+
+def unit_norm(features, first_row=0):
+    """Features (B, D) of the rows from first_row on -> snippets (B, D). InputError with the numbers
+    of rows that have no direction."""
+    norm = features.norm(dim=1, keepdim=True)
+    bad = (~norm.isfinite() | (norm == 0)).flatten().nonzero().flatten() + first_row
+    if len(bad) > 0:
+        raise InputError(
+            f"features of {len(bad)} rows are NaN, infinite or 0: {bad[:5].tolist()} .."
+        )
+    return features / norm
+
+
+def snippet_blocks(features, device, what):
+    """Yields slices of rows and their snippets, float32 (b, D), block by block."""
+    starts = range(0, len(features), BLOCK)
+    for i in progress(starts, desc=what, unit="block", leave=False, delay=2):
+        rows = slice(i, i + BLOCK)
+        yield rows, unit_norm(float_tensor(features[rows], device), i)
+
+
+def principal_directions(features, device):
+    """-> mean of the snippets (D,); eigenvectors of their covariance, orthonormal rows
+    (min(N, D), D), largest variance first; these variances (min(N, D),). All float64."""
+    N, D = features.shape
+    if N < D:
+        blocks = snippet_blocks(features, device, "snippets")
+        s = torch.cat([s for _, s in blocks]).double()
+        mean = s.mean(0)
+        _, size, directions = torch.linalg.svd(s - mean, full_matrices=False)
+        return mean, directions, size.square() / N
+    total = torch.zeros(D, dtype=torch.float64, device=device)
+    gram = torch.zeros(D, D, dtype=torch.float64, device=device)
+    for _, s in snippet_blocks(features, device, "mean and covariance"):
+        s = s.double()
+        total += s.sum(0)
+        gram += s.T @ s
+    mean = total / N
+    values, vectors = torch.linalg.eigh(gram / N - torch.outer(mean, mean))  # ascending
+    return mean, vectors.flip(1).T, values.flip(0).clamp_min(0)
 
 
 def quantize(c, dtype):
-    """Coefficients (B, r) float32 -> as they are stored: coef (B, r), scale (B,), arrays. In int8
-    each row is quantised by itself, in steps of a 127th of its largest number."""
-    scale = torch.ones(len(c), dtype=torch.float32, device="cpu")
-    if dtype == "int8":
-        scale = c.abs().amax(dim=1).clamp_min(1e-12) / 127
-        c = (c / scale[:, None]).round_()
-    return c.numpy().astype(dtype), scale.numpy()
-
-
-def snippet_blocks(features, row_range, device, what):
-    """Yields a range of rows, and their snippets, unit-norm float32 (b, D), block by block.
-    InputError with the row numbers where features are zero, infinite or NaN."""
-    starts = range(0, len(row_range), BLOCK)
-    for i in tqdm(starts, what, unit="block", leave=False, delay=2, disable=rank_world()[0] > 0):
-        rows = row_range[i : i + BLOCK]
-        block = float_tensor(features[rows.start : rows.stop], device).to(device)
-        norm = block.norm(dim=1, keepdim=True)
-        check_norms(norm, rows.start)
-        yield rows, block / norm
-
-
-def gram_sums(features, row_range, origin, device):
-    """-> sum of d = s - origin (D,), sum of d d^T (D, D), its upper triangle alone; float64"""
-    D = features.shape[1]
-    total = torch.zeros(D, dtype=torch.float64, device=device)
-    gram = torch.zeros(D, D, dtype=torch.float64, device=device)
-    for _, s in snippet_blocks(features, row_range, device, "mean and Gram matrix"):
-        if device.type != "cpu":
-            s = s.double()
-        d = s - origin
-        total += d.sum(0)
-        for i in range(0, D, 128):
-            gram[i : i + 128, i:] += d[:, i : i + 128].T @ d[:, i:]
-    return total, gram
-
-
-def directions_by_covariance(features, row_range, distributed, device):
-    """For N >= D, by the D x D covariance: see principal_directions."""
-    N = features.shape[0]
-    # near the mean: snippets that differ little would lose their digits in sums of s s^T
-    origin = next(snippet_blocks(features, range(min(N, BLOCK)), device, "origin"))[1].mean(0)
-    total, gram = gram_sums(features, row_range, origin, device)
-    if distributed:
-        all_reduce(total)
-        all_reduce(gram)
-    mean = total / N
-    covariance = gram / N - torch.outer(mean, mean)
-    values, vectors = torch.linalg.eigh(covariance, UPLO="U")  # ascending
-    return origin + mean, vectors.flip(1).T.contiguous(), values.flip(0)
-
-
-def directions_by_svd(features, device):
-    """For N < D, by the SVD of the centred snippets: see principal_directions."""
-    N = features.shape[0]
-    s = torch.cat([s for _, s in snippet_blocks(features, range(N), device, "snippets")]).double()
-    mean = s.mean(0)
-    _, size, directions = torch.linalg.svd(s - mean, full_matrices=False)
-    return mean, directions, size.square() / N
-
-
-def principal_directions(features, row_range, distributed, device):
-    """-> mean of the snippets (D,); eigenvectors of their covariance, orthonormal rows
-    (min(N, D), D), largest variance first; the fraction of the variance that the first 1, 2, .. of
-    them keep. All float64; the same on all processes."""
-    N, D = features.shape
-    if N >= D:
-        mean, directions, values = directions_by_covariance(
-            features, row_range, distributed, device
-        )
-    else:
-        mean, directions, values = directions_by_svd(features, device)
-    if distributed and rank_world()[1] > 1:
-        dist.broadcast(directions, 0)  # the last bit may differ between processes
-    values = values.clamp_min(0)
-    kept = values.cumsum(0) / values.sum().clamp_min(1e-30)
-    return mean, directions, kept.cpu()
+    """Coefficients (B, r) float32 -> as they are stored: coef (B, r), scale (B,). In int8 each row
+    is quantised by itself, in steps of a 127th of its largest number."""
+    if dtype != "int8":
+        return c.to(getattr(torch, dtype)), c.new_ones(len(c))
+    scale = c.abs().amax(dim=1).clamp_min(1e-12) / 127
+    return (c / scale[:, None]).round().to(torch.int8), scale
 
 
 # ---------------------------------------------------------------------------------- the memory bank
@@ -222,29 +162,20 @@ def principal_directions(features, row_range, distributed, device):
 
 @dataclass(frozen=True, eq=False)
 class MemoryBank:
-    """N unit-norm snippets of D numbers: scale_i coef_i @ basis + mean, normalised. Read-only.
+    """N unit-norm snippets of D numbers: scale_i coef_i @ basis + mean, normalised. Nobody changes
+    a bank: extend and to make new ones. Where (B, D) is taken, one vector (D,) is taken, too.
+    Whatever the caller has switched on, it computes in float32, without gradients."""
 
-    A full bank keeps all min(N, D) directions. A bank that is loaded is mapped into memory: nothing
-    is read before it is indexed, and processes share it, also those that it is sent to (pickle).
-    Wherever (B, D) is taken, one vector (D,) is taken, too. Nothing here has a gradient."""
-
-    mean: np.ndarray  # (D,) float32
-    basis: np.ndarray  # (r, D) float32, orthonormal rows, largest variance first
-    coef: np.ndarray  # (N, r) int8, float16 or float32
-    scale: np.ndarray  # (N,) float32: quantisation step of each row (1 for floats)
-    labels: np.ndarray  # (N,) int64, -1 where there is none; (0,): the bank has none
+    mean: torch.Tensor  # (D,) float32
+    basis: torch.Tensor  # (r, D) float32, orthonormal rows, largest variance first
+    coef: torch.Tensor  # (N, r) int8, float16 or float32
+    scale: torch.Tensor  # (N,) float32: quantisation step of each row (1 for floats)
+    labels: torch.Tensor  # (N,) int64, -1 where there is none
     energy: float  # fraction of the variance that the basis kept when the bank was built
-    encoder: str  # what made the features
-    id: str = ""  # hash of the content; a bank that is loaded has that of its file
-    file: str = None  # where it was loaded from
-    on_device: tuple = None  # coef and scale as tensors, by to(device)
-
-    def __post_init__(self):
-        check_parts(self)
-        for name in ARRAYS:
-            getattr(self, name).setflags(write=False)
-        if not self.id:
-            object.__setattr__(self, "id", content_hash(self))
+    encoder: str = "unknown"  # what made the features
+    id: str = ""  # hash of the content
+    classes: tuple = ()  # names of the labels 0, 1, ..
+    mirrored: int = 0  # n > 0: rows n .. 2n-1 are of the mirror images of rows 0 .. n-1
 
     @property
     def dim(self):
@@ -257,238 +188,170 @@ class MemoryBank:
     def __len__(self):
         return len(self.coef)
 
-    # ---- a bank is made, kept, and sent
+    # ---- a bank is made and kept
 
     @staticmethod
-    @isolated
-    def build(
-        features,
-        rank=RANK,
-        dtype="int8",
-        labels=None,
-        encoder="unknown",
-        distributed=False,
-        device=None,
-    ):
+    @full_float32()
+    def build(features, rank=RANK, dtype="int8", labels=None, device=None, **fields):
         """A bank of features (N, D) of any float type and norm: a tensor, an array, a memmap larger
         than memory, or whatever has a shape and gives rows when sliced. They are read twice, in
         blocks: for mean and covariance, whose eigenvectors are the basis, and for coefficients.
 
-        rank         directions kept, or "full": all, and float16 instead of int8; above min(N, D)
-                     it is lowered, with a warning
-        dtype        of the coefficients, one of DTYPES
-        labels       (N,) integers
-        encoder      a name for what made the features
-        distributed  every process of torch.distributed calls this and reads its share of the rows;
-                     process 0 gets the bank, the others None. Without it nothing is sent or awaited
-        device       where it is computed; None: a GPU, where there is one
-        InputError where a value is out of range, or features hold zeros alone, NaN or infinity.
+        rank    directions kept, or "full": all, and float16 instead of int8; above min(N, D) it is
+                lowered, with a warning
+        dtype   of the coefficients, one of DTYPES
+        labels  (N,) integers, -1: none
+        device  where it is computed; None: a GPU, where there is one
+        fields  encoder, classes and mirrored of the bank
+        InputError where shapes or dtype are others, or features are zeros alone, NaN or infinite.
         """
-        rank, dtype = checked_rank(features.shape, rank, dtype, labels)
-        N = features.shape[0]
-        process, num_processes = rank_world() if distributed else (0, 1)
-        device = float64_device(device)
-        row_range = range(N * process // num_processes, N * (process + 1) // num_processes)
-        mean, directions, kept = principal_directions(features, row_range, distributed, device)
-        bank = MemoryBank(  # without rows yet
-            mean=mean.float().cpu().numpy(),
-            basis=directions[:rank].float().cpu().numpy(),
-            coef=np.empty((0, rank), dtype),
-            scale=np.empty(0, np.float32),
-            labels=np.empty(0, np.int64),
-            energy=float(kept[rank - 1]),
-            encoder=encoder,
-        )
-        coef, scale = bank.stored_rows(features, row_range, device)
-        if num_processes > 1:
-            shares = [None] * num_processes if process == 0 else None
-            dist.gather_object((coef, scale), shares, group=patient_group())
-            if process > 0:
-                return None
-            coef = np.concatenate([share[0] for share in shares])
-            scale = np.concatenate([share[1] for share in shares])
-        labels = np.array([] if labels is None else labels, np.int64)
-        return replace(bank, coef=coef, scale=scale, labels=labels, id="")
+        shape = tuple(features.shape)
+        labels = torch.full(shape[:1], -1) if labels is None else torch.tensor(np.asarray(labels))
+        if len(shape) != 2 or shape[0] == 0 or labels.shape != shape[:1] or dtype not in DTYPES:
+            raise InputError(
+                f"a bank of features {shape}, labels {tuple(labels.shape)} as {dtype}: expected "
+                f"(N, D), (N,) and one of {', '.join(DTYPES)}"
+            )
+        if rank == "full" and dtype == "int8":
+            dtype = "float16"
+        rank = min(shape) if rank == "full" else int(rank)
+        if rank > min(shape):
+            warnings.warn(f"rank {rank} is lowered to {min(shape)} for features {shape}")
+            rank = min(shape)
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "mps":
+            device = torch.device("cpu")  # Apple's GPUs have no float64
 
-    def stored_rows(self, features, row_range, device):
-        """Features of a range of rows -> coef (n, r), scale (n,), as this bank would store them"""
-        coef = np.empty((len(row_range), self.rank), self.coef.dtype)
-        scale = np.empty(len(row_range), np.float32)
-        mean, basis = self.tensors_on(device)
-        origin = -basis @ mean
-        for rows, s in snippet_blocks(features, row_range, device, "coefficients"):
-            c = torch.addmm(origin, s, basis.T)  # as project, without copies
-            place = slice(rows.start - row_range.start, rows.stop - row_range.start)
-            coef[place], scale[place] = quantize(c.cpu(), coef.dtype)
-        return coef, scale
+        mean, directions, values = principal_directions(features, device)
+        mean = mean.float()
+        basis = directions[:rank].float().contiguous()
+        coef = torch.empty(shape[0], rank, dtype=getattr(torch, dtype))
+        scale = torch.empty(shape[0], dtype=torch.float32)
+        for rows, s in snippet_blocks(features, device, "coefficients"):
+            coef[rows], scale[rows] = quantize((s - mean) @ basis.T, dtype)
+        energy = float(values[:rank].sum() / values.sum().clamp_min(1e-30))
+        bank = MemoryBank(mean.cpu(), basis.cpu(), coef, scale, labels.long(), energy, **fields)
+        return replace(bank, id=bank.content_hash())
+
+    def content_hash(self):
+        """16 hexadecimal digits"""
+        content = hashlib.sha256(self.encoder.encode())
+        for tensor in (self.mean, self.basis, self.coef, self.scale, self.labels):
+            content.update(np.ascontiguousarray(tensor.cpu().numpy()))
+        return content.hexdigest()[:16]
 
     def save(self, path, overwrite=False):
-        """One file, which torch.load(weights_only=True) reads too. InputError where another bank
-        would be lost."""
-        if os.path.exists(path) and not overwrite and MemoryBank.load(path).id != self.id:
-            raise InputError(f"{path} holds another bank: name another file, or delete it")
-        state = {name: getattr(self, name) for name in STORED}
-        state.update({name: torch.tensor(state[name], device="cpu") for name in ARRAYS})
-        with atomic_write(path) as temporary:
-            torch.save(state, temporary)
+        """One file. InputError where there is a file already, unless it may be overwritten."""
+        if os.path.exists(path) and not overwrite:
+            raise InputError(f"{path} exists: name another file for the bank, or delete it")
+        with atomic_write(path) as file:
+            torch.save(vars(self.to("cpu")), file)
 
     @staticmethod
     def load(path):
-        """Maps the file into memory. InputError where it is damaged, or holds something else."""
-        return read_bank(path)
-
-    def __reduce__(self):
-        """Pickled by the name of its file, where it was loaded; else by its arrays."""
-        parts = None
-        if self.file is None:
-            parts = {name: getattr(self, name) for name in STORED}
-        return unpickled_bank, (self.file, parts, self.id, self.device)
-
-    def __deepcopy__(self, memo):
-        return self  # nobody can change it
+        """Maps the file into memory: rows are read when they are used, and processes share them."""
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        if not isinstance(content, dict) or "basis" not in content:
+            raise InputError(f"{path} is no memory bank")
+        if len(content["labels"]) == 0:  # of the version before, without labels
+            content["labels"] = torch.full((len(content["coef"]),), -1)
+        return MemoryBank(**content)
 
     def to(self, device):
-        """-> the same bank, whose rows are kept on device: bank[index] and the rest are then
-        computed there. Mean, basis, coef and scale go on being arrays on the CPU, too."""
-        stored = (torch.tensor(self.coef, device=device), torch.tensor(self.scale, device=device))
-        return replace(self, on_device=stored)
-
-    @property
-    def device(self):
-        """torch.device of the snippets that bank[index] gives"""
-        return torch.device("cpu") if self.on_device is None else self.on_device[0].device
-
-    @cached_property
-    def device_tensors(self):
-        return {}
-
-    def tensors_on(self, device):
-        """-> mean, basis as tensors, copied to a device once"""
-        if device not in self.device_tensors:
-            mean = torch.tensor(self.mean, device=device)
-            self.device_tensors[device] = (mean, torch.tensor(self.basis, device=device))
-        return self.device_tensors[device]
+        """-> the same bank on device, where its rows are then computed"""
+        fields = vars(self)
+        tensors = {name: x.to(device) for name, x in fields.items() if torch.is_tensor(x)}
+        return replace(self, **tensors)
 
     # ---- rows to snippets, and back
 
-    @isolated
+    @full_float32()
     def coefficients(self, index):
-        """Rows by any index -> c, float32 (..., r), on the bank's device; or IndexError"""
-        if torch.is_tensor(index) and index.device.type == "cpu":
-            index = index.numpy()
-        if self.on_device is None:
-            if torch.is_tensor(index):
-                index = index.cpu().numpy()
-            coef = torch.from_numpy(np.array(self.coef[index]))  # copies: the bank is read-only
-            scale = torch.from_numpy(np.array(self.scale[index]))
-        else:
-            if not torch.is_tensor(index):  # IndexError here, not in a kernel
-                index = torch.from_numpy(np.array(np.arange(len(self))[index])).to(self.device)
-            coef, scale = [stored[index] for stored in self.on_device]
-        return coef.float() * scale[..., None]
+        """Rows by any index -> c (..., r) float32"""
+        if torch.is_tensor(index):
+            index = index.to(self.coef.device)
+        return self.coef[index].float() * self.scale[index][..., None]
 
     def __getitem__(self, index):
         """An int -> (D,); a slice, list, array or tensor of B indices -> (B, D); unit-norm float32,
-        on the bank's device. IndexError out of range."""
+        on the bank's device."""
         return self.decode(self.coefficients(index))
 
-    @isolated
-    def unpack(self, coef, scale):
-        """Stored rows, coef (..., r) and scale (...), on any device -> snippets (..., D)"""
-        return self.decode(coef.float() * scale[..., None])
+    @full_float32()
+    def decode(self, c):
+        """Coefficients (..., r), on any device -> snippets (..., D), unit-norm float32"""
+        return F.normalize(c.float() @ self.basis.to(c.device) + self.mean.to(c.device), dim=-1)
 
-    @isolated
-    def decode(self, coef):
-        """coefficients (..., r), any float type -> snippets (..., D), unit-norm float32"""
-        mean, basis = self.tensors_on(coef.device)
-        return F.normalize(F.linear(coef.float(), basis.T, mean), dim=-1)
-
-    @isolated
+    @full_float32()
     def project(self, features):
-        """features (..., D), any norm -> coefficients (..., r) float32"""
-        s = F.normalize(float_tensor(features, self.device), dim=-1)
-        mean, basis = self.tensors_on(s.device)
-        return (s - mean) @ basis.T
+        """Features (..., D) of any norm -> coefficients (..., r) float32"""
+        s = F.normalize(float_tensor(features, self.coef.device), dim=-1)
+        return (s - self.mean) @ self.basis.T
 
     # ---- which rows are near
 
-    @isolated
+    @full_float32()
     def nearest(self, features, k=1):
-        """features (B, D), any norm -> cosine (B, k), index (B, k) of the k most similar snippets,
+        """Features (B, D) of any norm -> cosine (B, k), index (B, k) of the k most similar snippets,
         the most similar first; k at most N. B x 4096 cosines are held at once."""
-        if k < 1:
-            raise InputError(f"k {k}: expected 1 or more")
-        s = F.normalize(float_tensor(features, self.device), dim=-1)
-        cosine, index = self.search(s.reshape(-1, self.dim), k, np.arange(len(self)))
-        shape = (*s.shape[:-1], cosine.shape[1])
-        return cosine.reshape(shape), index.reshape(shape)
+        s = F.normalize(float_tensor(features, self.coef.device), dim=-1)
+        rows = torch.arange(len(self), device=self.coef.device)
+        cosine, index = self.search(s.reshape(-1, self.dim), rows, k)
+        return cosine.reshape(*s.shape[:-1], -1), index.reshape(*s.shape[:-1], -1)
 
-    def search(self, s, k, rows):
-        """s (B, D) unit-norm; the indices of the rows that are compared, an array -> cosine (B, k),
-        index (B, k). It takes r + 1 numbers of each, not D: with p = basis s and m = basis mean,
+    def search(self, s, rows, k, leave_out_equal=False):
+        """s (B, D) unit-norm, rows (n,) that are compared -> cosine (B, k'), index (B, k'),
+        k' = min(k, n). It takes r + 1 numbers of each row, not D: with p = basis s, m = basis mean
 
         cos(s, s_i) = (c_i.p + mean.s) / |c_i basis + mean|
                     = (c_i, 1).(p, mean.s) / sqrt(|c_i|^2 + 2 c_i.m + |mean|^2)
         """
-        mean, basis = self.tensors_on(s.device)
-        queries = torch.cat([s @ basis.T, (s @ mean)[:, None]], dim=1)  # (B, r + 1)
+        m = self.basis @ self.mean
+        queries = torch.cat([s @ self.basis.T, (s @ self.mean)[:, None]], dim=1)  # (B, r + 1)
         cosine = s.new_empty(len(s), 0)
         index = torch.empty(len(s), 0, dtype=torch.int64, device=s.device)
-        for i in range(0, len(rows), BLOCK):
-            block = rows[i : i + BLOCK]
-            c = self.coefficients(block).to(s.device)
-            square = c.square().sum(1) + 2 * (c @ (basis @ mean)) + mean @ mean
-            compared = torch.cat([c, c.new_ones(len(c), 1)], dim=1)
-            compared /= square.clamp_min(1e-20).sqrt()[:, None]
-            best, place = (queries @ compared.T).topk(min(k, len(block)))
-            cosine = torch.cat([cosine, best], dim=1)
-            index = torch.cat([index, torch.from_numpy(block).to(s.device)[place]], dim=1)
+        for block in rows.split(BLOCK):
+            c = self.coefficients(block)
+            square = c.square().sum(1) + 2 * (c @ m) + self.mean @ self.mean
+            keys = torch.cat([c, c.new_ones(len(c), 1)], dim=1)
+            keys /= square.clamp_min(1e-20).sqrt()[:, None]
+            block_cosine = queries @ keys.T
+            if leave_out_equal:
+                block_cosine = block_cosine.masked_fill(block_cosine > EQUAL, -2)
+            cosine = torch.cat([cosine, block_cosine], dim=1)
+            index = torch.cat([index, block.expand(len(s), -1)], dim=1)
             cosine, place = cosine.topk(min(k, cosine.shape[1]))
             index = index.gather(1, place)
         return cosine, index
 
-    @cached_property
-    def distinct(self):
-        """-> label of each row (N,), 0 where the bank has none; for each row the first row of the
-        same coefficients (N,); the first rows of the same coefficients and label, by label (U,)"""
-        labels = self.labels if len(self.labels) else np.zeros(len(self), np.int64)
-        parts = [self.coef, self.scale[:, None]]
-        stored = [np.ascontiguousarray(part).view(np.uint8) for part in parts]
-        row_bytes = np.ascontiguousarray(np.concatenate(stored, axis=1))
-        row_bytes = row_bytes.view(np.dtype((np.void, row_bytes.shape[1]))).ravel()
-        _, first, inverse = np.unique(row_bytes, return_index=True, return_inverse=True)
-        content = first[inverse]
-        _, first_rows = np.unique((labels + 1) * len(self) + content, return_index=True)
-        return labels, content, first_rows
-
-    @isolated
-    def neighbours(self, rows, k, same_class=True):
-        """rows (B,) -> cosine (B, k), index (B, k) of the k other rows most similar to each, the
-        most similar first; of its own class, where it has a label. Equal rows count once.
-        Where there are fewer than k: cosine -1, index -1."""
-        rows = np.asarray(torch.as_tensor(rows).cpu()).reshape(-1)
-        labels, content, first_rows = self.distinct
-        content_of = torch.from_numpy(content).to(self.device)
-        cosine = torch.full((len(rows), k), -1.0, dtype=torch.float32, device=self.device)
-        index = torch.full((len(rows), k), -1, dtype=torch.int64, device=self.device)
-        if not same_class:
-            labels = np.full_like(labels, -1)
-        sorted_labels = labels[first_rows]
-        for label in np.unique(labels[rows]):
-            start, stop = np.searchsorted(sorted_labels, [label, label + 1])
-            candidates = first_rows[start:stop] if label >= 0 else np.unique(content)
-            places = np.flatnonzero(labels[rows] == label)
-            found = self.search(self[rows[places]], k + 1, candidates)
-            own = torch.from_numpy(content[rows[places]]).to(self.device)
-            other_cosine = found[0].masked_fill(content_of[found[1]] == own[:, None], -2)
-            count = min(k, len(candidates) - 1)
-            best, order = other_cosine.topk(count)
-            places = torch.from_numpy(places).to(self.device)
-            cosine[places, :count] = best
-            index[places, :count] = found[1].gather(1, order)
+    @full_float32()
+    def neighbours(self, rows, k, s=None):
+        """rows (B,) -> cosine (B, k), index (B, k) of the k rows most similar to each, the most
+        similar first: of its own class, where it has a label, and of its own half of the bank,
+        original or mirrored images. Rows equal to it are left out. Where there are fewer than k:
+        cosine -1, index -1. With s (B, D): the rows most similar to s, of the class and half of
+        the rows."""
+        rows = torch.as_tensor(rows, device=self.coef.device).reshape(-1)
+        cosine = torch.full((len(rows), k), -1.0, device=self.coef.device)
+        index = torch.full((len(rows), k), -1, device=self.coef.device)
+        every_row = torch.arange(len(self), device=self.coef.device)
+        half = (every_row >= self.mirrored) & (every_row < 2 * self.mirrored)
+        group = 2 * self.labels + half
+        for number in group[rows].unique().tolist():
+            members = group == number
+            if number < 0:  # without a label: of any class
+                members = half == (number % 2)
+            places = (group[rows] == number).nonzero().flatten()
+            candidates = members.nonzero().flatten()
+            queries = self[rows[places]] if s is None else s[places].to(self.coef.device)
+            found, found_rows = self.search(queries, candidates, k, leave_out_equal=s is None)
+            usable = found > -1.5
+            count = found.shape[1]
+            cosine[places, :count] = torch.where(usable, found, -1)
+            index[places, :count] = torch.where(usable, found_rows, -1)
         return cosine, index
 
-    @isolated
+    @full_float32()
     def around(self, rows, noise, spread=1.0):
         """New snippets (B, D) that belong to no row: each a row plus a Gaussian with the covariance
         of its k neighbours, times spread^2 (after manifold Parzen windows, Vincent and Bengio 2002)
@@ -497,222 +360,116 @@ class MemoryBank:
 
         rows   (B,) row numbers
         noise  (B, k) standard normal numbers; k is the number of neighbours, at most
-        A row with fewer than k neighbours (of its class) uses all of them; one with fewer than two
-        comes back unchanged."""
-        noise = torch.as_tensor(noise, dtype=torch.float32, device=self.device)
-        rows = torch.as_tensor(rows, device="cpu")
+        A row with fewer than k neighbours uses all of them; one with fewer than two comes back
+        unchanged."""
+        noise = torch.as_tensor(noise, dtype=torch.float32, device=self.coef.device)
+        rows = torch.as_tensor(rows, device=self.coef.device)
         k = noise.shape[-1]
         _, index = self.neighbours(rows, k)
-        there = (index >= 0).float()[..., None]  # (B, k, 1)
-        count = there.sum(1, keepdim=True).clamp_min(1)
-        c_j = self.coefficients(index.clamp_min(0)) * there  # (B, k, r)
-        deviation = (c_j - c_j.sum(1, keepdim=True) / count) * there
+        found = (index >= 0).float()[..., None]  # (B, k, 1)
+        count = found.sum(1, keepdim=True).clamp_min(1)
+        c_j = self.coefficients(index.clamp_min(0)) * found  # (B, k, r)
+        deviation = (c_j - c_j.sum(1, keepdim=True) / count) * found
         step = (noise.reshape(-1, k, 1) * deviation / count.sqrt()).sum(1)
-        new = self.coefficients(rows.reshape(-1)) + spread * step
-        return self.decode(new).reshape(*rows.shape, self.dim)
+        return self.decode(self.coefficients(rows) + spread * step.reshape(*rows.shape, -1))
 
     # ---- rows are added
 
-    @isolated
-    def extend(self, features, limit=None, labels=None):
+    @full_float32()
+    def extend(self, features, labels=None):
         """-> a new bank: the rows of this one, which stay what they are, then features (B, D).
-        Their part outside of the basis becomes new directions, largest first: up to one for each
-        image, so the rank grows from call to call. The whole bank is copied: add images in one
-        call rather than in many. Mixes of rows lie within the basis and add no direction.
+        Their part outside of the basis becomes new directions: up to one for each image, so the
+        rank grows from call to call. The whole bank is copied: add images in one call.
 
-        limit   how many new directions at most; None: all beyond rounding
-        labels  (B,) of the new rows
+        labels  (B,) of the new rows; None: they have none
         InputError where features hold zeros alone, NaN or infinity.
         """
-        s = F.normalize(float_tensor(features, "cpu").cpu(), dim=-1).double().reshape(-1, self.dim)
-        check_norms(s.norm(dim=1))
-        mean, basis = (part.double() for part in self.tensors_on(torch.device("cpu")))
-        c, rest = coefficients_and_rest(s, mean, basis)
+        s = unit_norm(float_tensor(features, "cpu").reshape(-1, self.dim)).double()
+        old = self.to("cpu")
+        basis = old.basis.double()
+        c = (s - old.mean) @ basis.T
+        rest = s - old.mean - c @ basis
         _, size, new = torch.linalg.svd(rest, full_matrices=False)
-        new = new[size > 1e-4][:limit]
+        new = new[size > 1e-4]
         new = new - new @ basis.T @ basis  # the basis is orthonormal to rounding only
         new = torch.linalg.qr(new.T)[0].T
 
-        c = torch.cat([c, rest @ new.T], dim=1)
-        coef, scale = quantize(c.float(), self.coef.dtype)
-        old_labels = self.labels
-        if labels is not None and len(old_labels) == 0:
-            old_labels = np.full(len(self), -1)
+        coef, scale = quantize(torch.cat([c, rest @ new.T], dim=1).float(), str(old.coef.dtype)[6:])
         if labels is None:
-            labels = np.full(len(s) if len(old_labels) else 0, -1)
+            labels = torch.full((len(s),), -1)
         bank = replace(
-            self,
-            basis=torch.cat([basis, new]).float().numpy(),
-            coef=np.concatenate([np.pad(self.coef, ((0, 0), (0, len(new)))), coef]),
-            scale=np.concatenate([self.scale, scale]),
-            labels=np.concatenate([old_labels, np.asarray(labels)]),
-            id="",
-            file=None,
-            on_device=None,
+            old,
+            basis=torch.cat([old.basis, new.float()]),
+            coef=torch.cat([F.pad(old.coef, (0, len(new))), coef]),
+            scale=torch.cat([old.scale, scale]),
+            labels=torch.cat([old.labels, torch.as_tensor(labels)]),
         )
-        return bank if self.device.type == "cpu" else bank.to(self.device)
+        return replace(bank, id=bank.content_hash()).to(self.coef.device)
 
     def __str__(self):
-        size = sum(a.nbytes for a in (self.mean, self.basis, self.coef, self.scale)) / 1e6
+        stored = sum(x.nbytes for x in (self.mean, self.basis, self.coef, self.scale)) / 1e6
         exact = 4e-6 * len(self) * self.dim
         return (
             f"N {len(self):,}, D {self.dim}, rank {self.rank} keeps {100 * self.energy:.1f} % of "
-            f"the variance, {self.coef.dtype}: {size:,.1f} MB against {exact:,.1f} MB, "
+            f"the variance, {str(self.coef.dtype)[6:]}: {stored:,.1f} MB against {exact:,.1f} MB, "
             f"by {self.encoder}, id {self.id}"
         )
-
-
-# ======================== end of the core: images, tokenizers, encoders, preparation, commands ====
-
-# ----------------------------------------------------------------------- what serves the bank alone
-
-
-ARRAYS = ("mean", "basis", "coef", "scale", "labels")
-STORED = (*ARRAYS, "energy", "encoder", "id")  # what the file of a bank holds
-
-
-def check_parts(bank):
-    """InputError where shapes, dtypes or types of a bank are not those that MemoryBank states."""
-    D = len(bank.mean)
-    N, r = bank.coef.shape
-    labels = N if len(bank.labels) else 0
-    expected = {
-        "mean": ((D,), ["float32"]),
-        "basis": ((r, D), ["float32"]),
-        "coef": ((N, r), DTYPES),
-        "scale": ((N,), ["float32"]),
-        "labels": ((labels,), ["int64"]),
-    }
-    for name, (shape, dtypes) in expected.items():
-        array = getattr(bank, name)
-        if array.shape != shape or array.dtype not in dtypes:
-            given = f"{name} {array.dtype} {array.shape}"
-            raise InputError(f"parts of a bank do not fit: {given}, expected {dtypes} {shape}")
-    for name, kind in (("energy", float), ("encoder", str), ("id", str)):
-        if not isinstance(getattr(bank, name), kind):
-            raise InputError(f"parts of a bank do not fit: {name} is no {kind.__name__}")
-
-
-def content_hash(bank):
-    """16 hexadecimal digits"""
-    content = hashlib.sha256(bank.encoder.encode())
-    for name in ARRAYS:
-        content.update(np.ascontiguousarray(getattr(bank, name)))
-    return content.hexdigest()[:16]
-
-
-def read_bank(path):
-    """See MemoryBank.load."""
-    try:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        parts = {name: state[name] for name in STORED}
-        parts.update({name: parts[name].numpy() for name in ARRAYS})
-        return MemoryBank(**parts, file=os.path.abspath(path))
-    except OSError:
-        raise
-    except KeyError as e:
-        raise InputError(f"{path} is no memory bank: it lacks {e}") from e
-    except Exception as e:  # of any type, where the bytes are not torch's
-        reason = f"{type(e).__name__} {str(e)[:100]}"
-        raise InputError(f"{path} is damaged, or no memory bank: {reason}") from e
-
-
-def checked_rank(shape, rank, dtype, labels):
-    """-> the rank and dtype that MemoryBank.build uses; InputError for what it cannot use."""
-    if len(shape) != 2 or shape[0] == 0:
-        raise InputError(f"features {tuple(shape)}: expected (N, D) with N > 0")
-    if rank == "full":
-        rank = min(shape)
-        if dtype == "int8":
-            dtype = "float16"
-    if not isinstance(rank, (int, np.integer)) or rank < 1:
-        raise InputError(f"rank {rank}: expected a whole number of at least 1, or full")
-    if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype}: expected one of {', '.join(DTYPES)}")
-    if labels is not None and len(labels) != shape[0]:
-        raise InputError(f"{len(labels)} labels for {shape[0]} features")
-    if rank > min(shape) and rank_world()[0] == 0:
-        lowered = (
-            f"rank {rank} lowered to {min(shape)}: {shape[0]:,} snippets of {shape[1]} numbers"
-        )
-        warnings.warn(lowered, stacklevel=4)
-    return min(rank, *shape), dtype
-
-
-def coefficients_and_rest(s, mean, basis):
-    """Snippets s (B, D) -> c (B, r), rest (B, D): a * s = mean + c basis + rest, for some a > 0.
-
-    Snippets differ by their directions alone, so a is free. For the rows of a bank and their mixes
-    there is an a with which the rest is zero; for all others a is 1."""
-    s_outside = s - s @ basis.T @ basis
-    mean_outside = mean - mean @ basis.T @ basis
-    if mean_outside.norm() > 1e-4:
-        factor = s_outside @ mean_outside / s_outside.square().sum(1).clamp_min(1e-30)
-        missing = (factor[:, None] * s_outside - mean_outside).norm(dim=1)
-        within = (factor > 0) & (missing < 1e-4 * factor)
-        s = torch.where(within[:, None], factor[:, None] * s, s)
-    c = (s - mean) @ basis.T
-    return c, s - mean - c @ basis
-
-
-def check_norms(norm, first_row=0):
-    """InputError where a norm (b, 1), of features from first_row on, is 0, infinite or NaN"""
-    unusable = (~norm.isfinite() | (norm == 0)).flatten().nonzero().flatten()
-    if len(unusable) > 0:
-        numbers = ", ".join(str(first_row + int(row)) for row in unusable[:5])
-        more = "" if len(unusable) <= 5 else f" and {len(unusable) - 5} more"
-        raise InputError(f"features of row {numbers}{more} hold NaN, infinity, or zeros alone")
-
-
-def float64_device(device):
-    """The device, or by default a GPU; a CPU in place of Apple's GPUs, which have no float64."""
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return torch.device("cpu") if device.type == "mps" else device
-
-
-def unpickled_bank(file, parts, id, device):
-    """What a pickled bank becomes, in this process or another one."""
-    bank = MemoryBank(**parts) if file is None else MemoryBank.load(file)
-    if bank.id != id:
-        raise InputError(f"{file} holds the bank {bank.id} now, not {id}, which was sent")
-    return bank if device.type == "cpu" else bank.to(device)
 
 
 # ------------------------------------------------------------------------------------------- images
 
 
 def to_rgb(image):
-    """PIL image -> RGB, 8 bits: upright, transparency on white, 16-bit grey scaled by 1 / 257.
-
-    InputError: a mode in which black and white are not defined (floats, 32-bit integers).
-    """
-    # 16-bit grey is mode I;16, but I in a PGM, and in a PNG with Pillow 10.
-    is_16_bit = image.mode.startswith("I;16")
-    if image.mode == "I" and image.format in ("PNG", "PPM"):
-        is_16_bit = True
+    """PIL image -> RGB, 8 bits: upright, transparency on white, 16-bit grey scaled to 8 bits.
+    InputError for floats and 32-bit integers, in which black and white are not defined."""
+    is_png_or_pgm = image.format in ("PNG", "PPM")  # of 16 bits, also where Pillow opens it as I
+    is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and is_png_or_pgm)
     if image.mode in ("I", "F") and not is_16_bit:
-        raise InputError(
-            f"black and white are not defined in mode {image.mode}: save it with 8 or 16 bits"
-        )
-    bits = getattr(image, "tag_v2", {}).get(258, [16])[0]  # 12 in some TIFF files
+        raise InputError(f"mode {image.mode} has no black and white: save it with 8 or 16 bits")
     image = ImageOps.exif_transpose(image)
     if is_16_bit:
-        grey = np.asarray(image).astype(np.float64)
-        alpha = np.where(grey == image.info.get("transparency"), 0, 255)
-        grey = np.rint(grey * 255 / (2**bits - 1))
-        image = Image.fromarray(np.stack([grey, alpha], 2).astype(np.uint8))  # of mode LA
-    color = image.info.get("transparency")
-    if isinstance(color, tuple) and max(color) > 255:  # of 16-bit RGB, which Pillow reads as 8-bit
-        image.info["transparency"] = tuple(value >> 8 for value in color)
+        grey = np.rint(np.asarray(image) / 257)
+        image = Image.fromarray(grey.astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def image_files(folder):
+    """-> sorted paths of all images below a folder. Links are followed, a real folder is visited
+    once. Names that begin with . or @, $RECYCLE.BIN, __MACOSX or lost+found are passed over."""
+    passed_over = (".", "@", "$RECYCLE.BIN", "__MACOSX", "lost+found")
+    endings = tuple(Image.registered_extensions())
+    visited = set()
+    files = []
+    for place, folders, names in os.walk(folder, onerror=print, followlinks=True):
+        real_place = os.path.realpath(place)
+        if real_place in visited:
+            folders.clear()
+            continue
+        visited.add(real_place)
+        folders[:] = sorted(name for name in folders if not name.startswith(passed_over))
+        for name in names:
+            if name.lower().endswith(endings) and not name.startswith(passed_over):
+                files.append(os.path.join(place, name))
+    return sorted(files)
+
+
+def read_image(path, draft=None):
+    """-> RGB PIL image; draft: a size that is enough, so that a JPEG is decoded smaller"""
+    with Image.open(path) as file:
+        if draft is not None:
+            file.draft("RGB", (draft, draft))
+        return to_rgb(file)
 
 
 def center_crop(image, size):
     """The crop of ADM and DiT: box filter while twice too large, then bicubic, then the centre."""
+    longest = 8 * min(image.size)  # of a banner the middle alone: enlarged, it would take gigabytes
+    margin_x = max(0, image.width - longest) // 2
+    margin_y = max(0, image.height - longest) // 2
+    image = image.crop((margin_x, margin_y, image.width - margin_x, image.height - margin_y))
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     ratio = size / min(image.size)
@@ -722,207 +479,86 @@ def center_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
-def read_image(path, draft=None):
-    """-> RGB PIL image; draft: a size that is enough, so that a JPEG is decoded smaller.
-    InputError, which says what is wrong with the file."""
-    try:
-        with Image.open(path) as file:
-            if draft is not None:
-                file.draft("RGB", (draft, draft))
-            return to_rgb(file)
-    except Exception as e:  # whatever the bytes of a damaged file make Pillow do
-        reason = str(e)
-        if isinstance(e, Image.DecompressionBombError):
-            reason += "; for an image that you trust: --max-pixels N"
-        raise InputError(f"{path} cannot be read as an image: {reason}") from e
-
-
 def fault_of(path):
-    """-> what is wrong with an image, "" if nothing is"""
+    """-> what is wrong with an image file, "" if nothing is"""
     try:
         read_image(path, draft=64)
-    except InputError as e:
-        return str(e)
+    except Exception as e:  # noqa: BLE001 - whatever the bytes of a damaged file make Pillow raise
+        return f"{path} ({type(e).__name__}: {e})"
     return ""
 
 
-def broken_images(files):
-    """-> {path: what is wrong} of the files that cannot be read; of several processes each tries
-    a share"""
-    process, num_processes = rank_world()
-    share = files[process::num_processes]
-    faults = decoding_threads().imap(fault_of, share, 16)
-    bar = tqdm(faults, "checking files", len(share), unit="img", disable=process > 0)
-    broken = {file: fault for file, fault in zip(share, bar) if fault}
-    if num_processes > 1:
-        shares = [None] * num_processes
-        dist.all_gather_object(shares, broken)
-        for other in shares:
-            broken.update(other)
-    return broken
-
-
-def image_files(folder, skip=None):
-    """-> sorted paths of all images below a folder; in words, what is left out for its ending.
-
-    What is hidden, and the folder `skip`, is passed over. Links are followed, but for those to what
-    holds the folder itself. A real folder is read once, however many links lead to it.
-    """
-    top = os.path.realpath(folder)
-    done = set()
-    if skip is not None:
-        done.add(os.path.realpath(skip))
-    files = []
-    places = [folder]
-    while places:
-        links = []  # they come after the real folders
-        for place in places:  # which grows
-            path = os.path.realpath(place)
-            if path in done or top.startswith(os.path.join(path, "")):
-                continue
-            done.add(path)
-            visible = [entry for entry in os.scandir(place) if not entry.name.startswith(".")]
-            folders = [entry for entry in visible if entry.is_dir()]
-            links += [entry.path for entry in folders if entry.is_symlink()]
-            places += [entry.path for entry in folders if not entry.is_symlink()]
-            files += [entry.path for entry in visible if not entry.is_dir()]
-        places = sorted(links)
-
-    images = []
-    left_out = Counter()
-    for file in sorted(files):
-        ending = os.path.splitext(file)[1].lower()
-        if ending in Image.registered_extensions():
-            images.append(file)
-        else:
-            left_out[ending or "without"] += 1
-    counts = [f"{count:,} {ending}" for ending, count in left_out.most_common(5)]
-    return images, ", ".join(counts)
-
-
-def read_folder(src, skip_bad=False, out=None):
-    """-> paths of images, labels (list; -1: none), classes (the sub-folders); out: passed over"""
-    files, left_out = image_files(src, out)
-    if left_out:
-        note(f"{src}: files left out for their ending: {left_out}")
-    if not files:
-        raise InputError(f"no images in the folder {src}; expected are files such as .png or .jpg")
-    broken = broken_images(files)
+def read_folder(src, skip_bad=False):
+    """-> paths of images, labels (list; -1: none), classes (the sub-folders)"""
+    files = image_files(src)
+    faults = THREADS.map(fault_of, files)
+    faults = list(progress(faults, desc="checking images", total=len(files), unit="img"))
+    broken = [fault for fault in faults if fault]
     if broken:
-        names = ", ".join(sorted(os.path.relpath(file, src) for file in broken))
-        message = f"{len(broken):,} of {len(files):,} files in {src} do not decode: {names}"
+        message = f"{len(broken):,} of {len(files):,} images do not decode: {'; '.join(broken)}"
         if not skip_bad or len(broken) == len(files):
-            first = broken[min(broken)]
-            raise InputError(f"{message}; --skip-bad goes on without them. The first: {first}")
-        note(message)
-
+            raise InputError(f"{message}; --skip-bad leaves them out")
+        print(message)
     # in the order of torchvision's ImageFolder: class by class
-    files = [file for file in files if file not in broken]
+    files = [file for file, fault in zip(files, faults) if not fault]
     files.sort(key=lambda path: path.split(os.sep)[:-1])
     folders = [os.path.dirname(os.path.relpath(file, src)).split(os.sep)[0] for file in files]
-    classes = sorted(set(folders) - {""})
-    if classes and "" in folders:
-        raise InputError(
-            f"{src} holds images beside class folders: put all of them in such, or none"
-        )
-    if not classes:
-        return files, [-1] * len(files), []
-    if {"train", "val", "valid", "validation", "test"}.issuperset(classes):
-        note(f"{src}: the classes are {', '.join(classes)}; for one of these sets give its folder")
-    number = {name: i for i, name in enumerate(classes)}
-    return files, [number[folder] for folder in folders], classes
+    classes, labels = np.unique(folders, return_inverse=True)
+    if not files or (len(classes) > 1 and "" in classes):
+        raise InputError(f"{src}: expected images (.png, .jpg, ..), all in class folders or none")
+    if classes[0] == "":
+        return files, labels - 1, []
+    return files, labels, classes.tolist()
 
 
 def read_array(src):
     """-> images uint8 (N, H, W, 3) of an .npy (mapped into memory) or .npz, labels (N,), classes"""
+    content = np.load(src, mmap_mode="r")
     if src.endswith(".npy"):
-        content = {"images": load_array(src)}
-    else:
-        try:
-            content = dict(np.load(src))
-        except (ValueError, EOFError, OSError, zipfile.BadZipFile) as e:
-            raise InputError(f"{src} is not an .npz of arrays, or damaged") from e
-    images = content.get("arr_0", content.get("images"))
-    labels = content.get("arr_1", content.get("labels"))
-    if images is None:
-        names = ", ".join(content)
-        raise InputError(f"{src} holds {names}; images are expected under arr_0 or images")
-    if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8 or len(images) == 0:
-        given = f"{images.dtype} {images.shape}"
-        raise InputError(f"{src} holds {given}; expected are images, uint8 (N, H, W, 3)")
-    if labels is None:
+        content = {"arr_0": content}
+    images = content["arr_0"]
+    if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
+        raise InputError(f"{src} holds {images.dtype} {images.shape}: expected uint8 (N, H, W, 3)")
+    if "arr_1" not in content:
         return images, [-1] * len(images), []
-    if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
-        raise InputError(
-            f"{src} holds labels {labels.dtype} {labels.shape} for {len(images)} images"
-        )
-    if labels.max() > max(1000, len(images)):
-        raise InputError(
-            f"{src}: the largest label is {labels.max()} for {len(images):,} images; expected are "
-            "classes 0, 1, 2, .. (-1: none): number them by numpy.unique(.., return_inverse=True)"
-        )
-    return images, labels, [str(i) for i in range(int(labels.max()) + 1)]
+    labels = content["arr_1"]
+    return images, labels, [str(i) for i in range(labels.max() + 1)]
 
 
 class Images:
     """images[i] -> uint8 (size, size, 3), of a source as the head of this file has it.
 
-    With flip the mirrored images come after the others. labels: (N,) int64, -1 where there is none;
-    classes: their names, [] without labels; files: their paths, None for arrays.
-    """
+    labels (N,) int64, -1: none; classes: their names, [] without labels; files: paths of the
+    images, None for arrays."""
 
-    def __init__(self, src, size, skip_bad=False, flip=False, out=None):
+    def __init__(self, src, size, skip_bad=False):
         self.size = size
-        self.flip = flip
         self.files = None
-        if is_glyphs(src):
-            if os.path.exists(src):
-                note(f"{src} is the embedded data set here; ./{src} is what you have by that name")
+        if src.split(":")[0] == "glyphs":
             self.classes = list(src.partition(":")[2] or LETTERS)
             self.array, labels = glyphs(size=size, characters=self.classes)
         elif os.path.isdir(src):
-            self.files, labels, self.classes = read_folder(src, skip_bad, out)
+            folder = on_process_zero(read_folder, src, skip_bad)
+            self.files, labels, self.classes = folder
         elif src.endswith((".npy", ".npz")):
             self.array, labels, self.classes = read_array(src)
         else:
-            fault = fault_of(src)
-            if fault:
-                raise InputError(f"{fault}; expected a folder of images, an image, .npy or .npz")
             self.files, labels, self.classes = [src], [-1], []
-        self.labels = np.tile(labels, 1 + flip).astype(np.int64)
-        self[0]  # errors come now
+        self.labels = np.array(labels, np.int64)
 
     def __len__(self):
         return len(self.labels)
 
+    def __getitem__(self, i):
+        image = Image.fromarray(self.array[i]) if self.files is None else read_image(self.files[i])
+        return np.array(center_crop(image, self.size))
+
     def batch(self, rows):
         """-> uint8 tensor (B, size, size, 3), decoded by several threads"""
-        return torch.from_numpy(np.stack(decoding_threads().map(self.__getitem__, rows)))
-
-    def __getitem__(self, i):
-        mirrored = self.flip and i >= len(self) // 2
-        if mirrored:
-            i = i - len(self) // 2
-        if self.files is None:
-            image = Image.fromarray(self.array[i])
-        else:
-            image = read_image(self.files[i])
-        x = np.array(center_crop(image, self.size))
-        return x[:, ::-1].copy() if mirrored else x
-
-
-@cache
-def decoding_threads():
-    threads = ThreadPool(min(8, os.cpu_count() or 1))
-    atexit.register(threads.terminate)
-    return threads
+        return torch.from_numpy(np.stack(list(THREADS.map(self.__getitem__, rows))))
 
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
-
-def is_glyphs(src):
-    return src.split(":")[0] == "glyphs"
 
 
 def glyphs(n=10400, size=16, seed=0, characters=LETTERS):
@@ -950,7 +586,7 @@ def glyphs(n=10400, size=16, seed=0, characters=LETTERS):
     y, x = np.mgrid[-0.35 : 0.35 : size * 1j, -0.35 : 0.35 : size * 1j][..., None]
 
     images = np.empty((n, size, size, 3), np.uint8)
-    for i in tqdm(range(n), "drawing glyphs", unit="img", leave=False, disable=rank_world()[0] > 0):
+    for i in progress(range(n), desc="drawing glyphs", unit="img", leave=False):
         ink = Image.new("L", (big, big))
         draw = ImageDraw.Draw(ink)
         font = fonts[height[i]]
@@ -963,82 +599,21 @@ def glyphs(n=10400, size=16, seed=0, characters=LETTERS):
     return images, labels
 
 
-# -------------------------------------------------------------------------- tokenizers and encoders
+# ------------------------------------------------------------------------------ latents and features
 
 
-def from_model(name):
-    """A function of model.py, which holds the networks. It is imported here and nowhere else."""
-    try:
-        import model
-
-        return getattr(model, name)
-    except (ImportError, AttributeError) as e:
-        place = os.path.dirname(os.path.abspath(__file__))
-        raise InputError(
-            f"{name} is in GMem's model.py: put that file into {place}, under this name ({e})"
-        ) from e
-
-
-class Pixels:
-    """No tokenizer: images (B, 3, H, W) in [-1, 1] <-> 0 .. 255, uint8 on disk."""
-
-    channels = 3
-    factor = 1
-    dtype = "uint8"
-
-    def encode(self, x):
-        return ((x + 1) * 127.5).round()
-
-    def decode(self, z, dtype="float32"):
-        return z / 127.5 - 1
-
-
-class Autoencoder:
-    """Images in [-1, 1] <-> latents (B, C, h, w), the means, of a network that
-    model.load_autoencoder takes; float16 on disk, computed in float32 as in the official code."""
-
-    dtype = "float16"
-
-    def __init__(self, source, device):
-        self.model = from_model("load_autoencoder")(source).to(device)
-        self.channels = self.model.channels
-        self.factor = self.model.factor
-
-    @torch.no_grad()
-    def encode(self, x):
-        return self.model.encode(x)[0]
-
-    @torch.no_grad()
-    def decode(self, z, dtype="float32"):
-        with torch.autocast(z.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-            return self.model.decode(z.float()).float()
-
-
-def load_tokenizer(name, device):
-    """name: pixel, or a name or file of an autoencoder"""
-    if name == "pixel":
-        return Pixels()
-    return Autoencoder(name, device)
-
-
-def known_stats(settings):
-    """-> mean and std per channel of latents, two lists: from a file (VA-VAE's latents_stats.pt),
-    or known ones; None where they have to be measured"""
-    if settings["tokenizer"] == "pixel":
+def known_stats(tokenizer, latent_stats):
+    """Names or files -> mean and std per channel of latents, two lists; None: to be measured"""
+    if tokenizer == "pixel":
         return [127.5] * 3, [127.5] * 3
-    if settings["latent_stats"] is not None:
-        state = from_model("load_file")(settings["latent_stats"], keys=("mean", "std"))
-        return state["mean"].flatten().tolist(), state["std"].flatten().tolist()
-    if settings["tokenizer"] == "sd-vae-ft-ema":
+    if latent_stats is not None:  # such as VA-VAE's latents_stats.pt
+        from model import load_file
+
+        stats = load_file(latent_stats)
+        return stats["mean"].flatten().tolist(), stats["std"].flatten().tolist()
+    if tokenizer == "sd-vae-ft-ema":
         return [0.0] * 4, [1 / 0.18215] * 4
     return None
-
-
-def measured_stats(latents):
-    """-> mean and std per channel of 10,000 of the latents"""
-    few = np.linspace(0, len(latents) - 1, min(len(latents), 10_000)).astype(int)
-    some = latents[few].astype(np.float64)
-    return some.mean((0, 2, 3)).tolist(), some.std((0, 2, 3)).tolist()
 
 
 def stats_tensor(meta, device):
@@ -1057,532 +632,225 @@ def denormalize_latents(x, stats):
     return x * std + mean
 
 
-def thumbnail(x):
-    """images (B, 3, H, W) in [-1, 1] -> (B, 768): 16x16 thumbnails. No semantics, no weights."""
-    return F.interpolate(x, size=(16, 16), mode="bilinear", antialias=True).flatten(1)
-
-
-def load_encoder(name, device):
-    """name: thumbnail, or a name or file of a DINOv2
-    -> f(images (B, 3, H, W) in [-1, 1]) -> features (B, D), patch tokens (B, T, D) or None"""
-    if name == "thumbnail":
-        return lambda x: (thumbnail(x), None)
-
-    model = from_model("load_dinov2")(name).to(device)
-    dinov2_features = from_model("dinov2_features")
-
-    @torch.no_grad()
-    def encode(x):
-        return dinov2_features(model, (x + 1) * 127.5)
-
-    return encode
-
-
-def to_float(images):
-    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]"""
-    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def float_batches(images, device):
-    """uint8 (N, H, W, 3) -> float32 (b, 3, H, W) in [-1, 1] on device, 64 images of 256 pixels or
-    as many others as have as many pixels"""
-    images = torch.as_tensor(images)
-    batch_size = max(1, 64 * 256**2 // max(256**2, images.shape[1] ** 2))
-    for batch in images.split(batch_size):
-        yield to_float(batch.to(device))
-
-
 def in_batches(f, images, device):
-    """f(images in [-1, 1]) of uint8 (N, H, W, 3), batch by batch -> (N, ...) on the CPU"""
-    return torch.cat([f(x).cpu() for x in float_batches(images, device)])
+    """f: images (b, 3, H, W) in [-1, 1] -> tensors (b, ..). Of uint8 images (N, H, W, 3) -> these
+    tensors (N, ..) on the CPU. A batch has 64 images of 256 pixels, or as many pixels."""
+    batch_size = max(1, 64 * 256**2 // max(256**2, images.shape[1] ** 2))
+    results = []
+    for batch in torch.as_tensor(images).split(batch_size):
+        x = batch.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        results.append([part.cpu() for part in f(x)])
+    return [torch.cat(parts) for parts in zip(*results)]
+
+
+def encode_features(images, encoder, device="cpu"):
+    """uint8 (N, H, W, 3), the encoder's name or file (see model.load_encoder) -> features (N, D)"""
+    from model import load_encoder
+
+    encode = process_zero_first(load_encoder, encoder, device)
+    return in_batches(lambda x: encode(x)[:1], images, device)[0]
 
 
 # ----------------------------------------------------------------------------- preparing a data set
 
-
-def refuse_several_nodes():
-    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) < rank_world()[1]:
-        raise InputError("several nodes would write to the same pages of a file: use one node here")
+# the settings of a preparation, by default; main() says what they are
+DEFAULTS = {
+    "image_size": 256,
+    "tokenizer": "pixel",
+    "latent_stats": None,
+    "encoder": "thumbnail",
+    "rank": RANK,
+    "flip": False,
+    "skip_bad": False,
+    "features": None,
+    "dtype": "int8",
+    "patches": False,
+}
 
 
 class Blocks:
-    """Arrays in a folder that the processes of one machine fill block by block, and that a killed
-    run goes on with: progress.json says what they are made of, done.npy which blocks are whole.
+    """Arrays in .npy files of a folder, which the processes of one machine fill, `size` of num_rows
+    rows at a time. A killed command goes on where it stopped.
 
-    settings  what the content depends on; InputError where the folder has content of others
-    arrays    file name -> (shape, dtype), all of one length
-    block     rows of a block
-    """
+    arrays  name -> (shape, dtype); then name -> memmap; "done" is added: which blocks are filled
+    todo    the ranges of rows that are left to this process
+    InputError where another command fills the folder now, or began to, with other settings."""
 
-    def __init__(self, folder, settings, arrays, block):
-        refuse_several_nodes()
+    def __init__(self, folder, settings, arrays, num_rows, size):
         process, num_processes = rank_world()
-        N = next(iter(arrays.values()))[0][0]
-        self.folder = folder
-        self.block = block
-        on_first_process(self.begin, settings, arrays, -(-N // block))
-        self.arrays = {name: np.load(os.path.join(folder, name), mmap_mode="r+") for name in arrays}
-        self.done = np.load(os.path.join(folder, "done.npy"), mmap_mode="r+")
-        mine = np.flatnonzero(~self.done)[process::num_processes]
-        self.todo = [range(N)[i * block : (i + 1) * block] for i in mine]
-        if self.done.any():
-            done = f"{self.done.sum():,} of {len(self.done):,} blocks of {block}"
-            note(f"{folder}: {done} are done already")
+        path = f"{folder}/progress.json"
+        arrays = {**arrays, "done": ((-(-num_rows // size),), "bool")}
+        if process == 0:
+            self.lock = lock_folder(folder)
+            if not os.path.exists(path):
+                for name, (shape, dtype) in arrays.items():
+                    np.lib.format.open_memmap(f"{folder}/{name}.npy", "w+", dtype, shape)
+                write_json(path, settings)
+            refuse_differences(json.loads(Path(path).read_text()), settings, f"{folder} was begun")
+        barrier()
+        self.arrays = {name: np.load(f"{folder}/{name}.npy", mmap_mode="r+") for name in arrays}
+        left = np.flatnonzero(~self.arrays["done"])[process::num_processes]
+        self.todo = [range(num_rows)[i * size : (i + 1) * size] for i in left]
         barrier()  # before anybody is done with a block
 
-    def begin(self, settings, arrays, num_blocks):
-        """Makes the files, unless they are there, of the same settings."""
-        made_of = {**settings, "block": self.block, "arrays": str(arrays)}
-        made_of = json.loads(json.dumps(made_of))  # as they are read again: tuples become lists
-        progress = os.path.join(self.folder, "progress.json")
-        if not os.path.exists(progress):
-            reserve(self.folder, arrays)
-            np.save(os.path.join(self.folder, "done.npy"), np.zeros(num_blocks, bool))
-            write_json(progress, made_of)
-        differ = differences(read_json(progress), made_of)
-        if differ:
-            raise InputError(
-                f"{self.folder} is the unfinished work of a command with {differ}: give that one "
-                "again, or delete the folder"
-            )
 
-    def write(self, rows, **values):
-        for name, array in self.arrays.items():
-            array[rows.start : rows.stop] = values[os.path.basename(name).removesuffix(".npy")]
-            array.flush()
-        self.done[rows.start // self.block] = True
-        self.done.flush()
-
-    def bar(self, what):
-        total = sum(map(len, self.todo))
-        return tqdm(total=total, desc=what, unit="img", disable=rank_world()[0] > 0)
-
-    def finish(self):
-        """Waits until all blocks of all processes are done."""
-        barrier()
-        if not self.done.all():
-            raise RuntimeError(f"{(~self.done).sum()} of {len(self.done)} blocks were left out")
-
-    def remove(self):
-        """Deletes the folder, once all processes have closed its files: what is deleted while it is
-        open leaves .nfs files behind."""
-        self.arrays = None
-        self.done = None
-        barrier()
-        if rank_world()[0] == 0:
-            shutil.rmtree(self.folder)
-
-
-def space_of(arrays):
-    """-> bytes that these arrays, name -> (shape, dtype), take; the same in words"""
-    sizes = {}
-    for name, (shape, dtype) in arrays.items():
-        sizes[os.path.basename(name)] = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    words = ", ".join(f"{name} {size / 1e9:,.3f}" for name, size in sizes.items())
-    return sum(sizes.values()), f"{sum(sizes.values()) / 1e9:,.3f} GB of disk ({words})"
-
-
-def reserve(folder, arrays):
-    """Makes .npy files, name -> (shape, dtype), all of each, so that a disk that is too small is
-    found out now."""
-    os.makedirs(folder, exist_ok=True)
-    needed, words = space_of(arrays)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        os.rmdir(folder)
-        raise InputError(f"{folder} needs {words}; free are {free / 1e9:,.3f}")
-    for name, (shape, dtype) in arrays.items():
-        path = os.path.join(folder, name)
-        np.lib.format.open_memmap(path, "w+", dtype, shape)
-        if hasattr(os, "posix_fallocate"):
-            with open(path, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+def is_prepared(out, src, settings):
+    """Whether a folder was prepared with these settings. InputError where it was with others, or
+    where src, a folder, has another number of images now."""
+    if not os.path.exists(f"{out}/meta.json"):
+        return False
+    meta = json.loads(Path(out, "meta.json").read_text())
+    was = {**meta["settings"], "images": meta["images"]}
+    if os.path.isdir(src) and not settings["skip_bad"]:
+        settings = {**settings, "images": len(image_files(src))}
+    refuse_differences(was, settings, f"{out} was prepared")
+    return True
 
 
 def load_features(path):
     """-> (N, D), of an .npy (mapped), or a .pt with one tensor, as the official GMem's banks"""
     if path.endswith(".npy"):
-        features = load_array(path)
-    else:
-        features = from_model("load_file")(path)
-    dtype = getattr(features, "dtype", type(features))
-    shape = tuple(getattr(features, "shape", ()))
-    if len(shape) != 2 or "float" not in str(dtype):
-        raise InputError(f"{path} holds {dtype} {shape}, expected floats (N, D)")
-    return features
+        return np.load(path, mmap_mode="r")
+    from model import load_file
 
-
-def feature_source(settings):
-    """What made the features of a prepared folder; unknown where it does not say."""
-    made_by = settings.get("features") or settings.get("encoder", "unknown")
-    return os.path.basename(made_by)
-
-
-def size_and_time(stats):
-    """Results of os.stat -> bytes in all, and the newest time of change, in words"""
-    newest = max((stat.st_mtime_ns for stat in stats), default=0)
-    when = datetime.fromtimestamp(newest / 1e9, UTC).strftime("%Y-%m-%d %H:%M:%S.%f")
-    return f"{sum(stat.st_size for stat in stats):,} bytes, {when}"
-
-
-def fingerprint(path):
-    """What the content of a file is known by, wherever it is moved: name, size, time. None where
-    there is no file: published names, too, which folders may have."""
-    if path is None or not os.path.isfile(path):
-        return None
-    return f"{os.path.basename(path)} ({size_and_time([os.stat(path)])})"
-
-
-def source_fingerprint(src, out):
-    """The same of a folder of images, by all its files; out: a folder that is passed over"""
-    if is_glyphs(src):
-        return None
-    if not os.path.isdir(src):
-        return fingerprint(src)
-    files, _ = image_files(src, out)
-    stats = [os.stat(file) for file in files]
-    content = hashlib.sha256()
-    for file, stat in zip(files, stats):
-        name = os.fsencode(os.path.relpath(file, src))
-        content.update(b"%s %d %d/" % (name, stat.st_size, stat.st_mtime_ns))
-    hashed = content.hexdigest()[:8]
-    return f"{len(files):,} files ({size_and_time(stats)}, names and times {hashed})"
-
-
-# the settings that name content: compared by its fingerprint, not by its place
-CONTENT = ("source", "tokenizer", "latent_stats", "encoder", "features")
-
-
-def prepare_settings(src, out, options):
-    """-> all settings, with full paths, as meta.json keeps them; fingerprints of CONTENT"""
-    settings = {**defaults(DATA_SETTINGS), **defaults(BANK_SETTINGS), **options, "source": src}
-    max_pixels = settings.pop("max_pixels")
-    if max_pixels is not None:
-        Image.MAX_IMAGE_PIXELS = max_pixels
-    made_of = {name: fingerprint(settings[name]) for name in CONTENT}
-    made_of["source"] = source_fingerprint(src, out)
-    for name in CONTENT:
-        if made_of[name] is not None:
-            settings[name] = os.path.abspath(settings[name])
-    return settings, made_of
-
-
-def without_place(name):
-    if name is None or is_glyphs(name):
-        return name
-    return os.path.basename(os.path.normpath(name))
-
-
-def is_prepared(out, settings, made_of):
-    """Whether a folder was prepared, of this content with these settings; InputError if of others.
-    Content that is no longer there is taken to be the same if its name is."""
-    path = os.path.join(out, "meta.json")
-    if not os.path.exists(path):
-        return False
-    meta = read_json(path)
-    was = dict(meta["settings"])
-    now = dict(settings)
-    for name in CONTENT:
-        if made_of[name] is None:
-            was[name] = without_place(was[name])
-            now[name] = without_place(now[name])
-        else:
-            was[name] = meta.get("made_of", {}).get(name)  # older folders do not have it
-            now[name] = made_of[name]
-    differ = differences(was, now)
-    if differ:
-        raise InputError(f"{out} was prepared with {differ}: name another, or delete it")
-    return True
-
-
-def load_networks(settings, device):
-    """-> the tokenizer and the encoder of a preparation"""
-    tokenizer = load_tokenizer(settings["tokenizer"], device)
-    size = settings["image_size"]
-    if size % tokenizer.factor != 0:
-        raise InputError(
-            f"image size {size} is no multiple of {tokenizer.factor}, as the tokenizer needs"
-        )
-    return tokenizer, load_encoder(settings["encoder"], device)
+    return load_file(path)
 
 
 def patch_basis(path, images, encode, device):
-    """A bank of the patch tokens of 256 images, at path, whose basis all patch tokens are stored
-    in. Process 0 makes it, unless it is there; all get it."""
-    if rank_world()[0] == 0 and not os.path.exists(path):
-        count = len(images) // (1 + images.flip)
-        rows = np.linspace(0, count - 1, min(count, 256)).astype(int)
-        tokens = in_batches(lambda x: encode(x)[1], images.batch(rows), device)
-        MemoryBank.build(tokens.flatten(0, 1), min(RANK, tokens.shape[2]), device=device).save(path)
-    barrier()
-    return MemoryBank.load(path)
+    """Writes a bank of the patch tokens of 256 images: all are stored in its basis."""
+    rows = np.linspace(0, len(images) - 1, min(len(images), 256)).astype(int)
+    tokens = in_batches(lambda x: encode(x)[1:], images.batch(rows), device)[0]
+    bank = MemoryBank.build(tokens.flatten(0, 1), min(RANK, tokens.shape[2]), device=device)
+    bank.save(path)
 
 
-def encode_block(x, tokenizer, encode, patch_bank, names, device):
-    """uint8 images (B, H, W, 3) -> what Blocks.write takes of the arrays of these names, each
-    (B, ...). Each image goes through each network once."""
-    parts = {name: [] for name in names}
-    for batch in float_batches(x, device):
-        parts["latents"].append(tokenizer.encode(batch).cpu())
-        if "features" in names or "patches" in names:
-            features, tokens = encode(batch)
-        if "features" in names:
-            parts["features"].append(features.cpu())
-        if "patches" in names:
-            c = patch_bank.project(tokens).cpu()
+def encode_images(images, tokenizer, encode, out, settings, device):
+    """Fills latents.npy, features.npy and, with patches, patches.npy and patch_scales.npy -> Blocks.
+    Each image is decoded once, for itself and its mirror image."""
+    path = f"{out}/patches.pt"
+    if settings["patches"] and not os.path.exists(path):
+        on_process_zero(patch_basis, path, images, encode, device)
+    patch_bank = MemoryBank.load(path).to(device) if settings["patches"] else None
+
+    def encode_batch(x):
+        """images (b, 3, H, W) in [-1, 1] -> what each of the arrays holds of them, by its name"""
+        parts = {"latents": tokenizer.encode(x).to(getattr(torch, tokenizer.dtype))}
+        features, tokens = encode(x)
+        if settings["features"] is None:
+            parts["features"] = features
+        if settings["patches"]:
+            c = patch_bank.project(tokens)
             coef, scale = quantize(c.flatten(0, 1), "int8")
-            parts["patches"].append(torch.from_numpy(coef).view(c.shape))
-            parts["patch_scales"].append(torch.from_numpy(scale).view(c.shape[:2]))
-    return {name: torch.cat(part) for name, part in parts.items()}
+            parts["patches"] = coef.view(c.shape)
+            parts["patch_scales"] = scale.view(c.shape[:2])
+        return parts
 
-
-def encode_images(images, tokenizer, encode, patch_bank, blocks, device):
-    """Fills the arrays of blocks; the next block is decoded while one is encoded."""
-    names = [os.path.basename(name).removesuffix(".npy") for name in blocks.arrays]
-    with blocks.bar("encoding") as bar:
-        for x, rows in zip(ahead(images.batch, blocks.todo), blocks.todo):
-            values = encode_block(x, tokenizer, encode, patch_bank, names, device)
-            blocks.write(rows, **values)
+    n = len(images)
+    first_rows = (0, n) if settings["flip"] else (0,)
+    arrays = {}
+    blank = torch.zeros(1, 3, settings["image_size"], settings["image_size"], device=device)
+    for name, part in encode_batch(blank).items():
+        arrays[name] = ((n * len(first_rows), *part.shape[1:]), str(part.dtype)[6:])
+    blocks = Blocks(out, {**settings, "images": n}, arrays, n, 256)
+    with progress(desc="encoding", total=sum(map(len, blocks.todo)), unit="img") as bar:
+        for rows, x in zip(blocks.todo, ahead(images.batch, blocks.todo)):
+            for first_row in first_rows:
+                mirrored = x.flip(2) if first_row else x
+                values = in_batches(lambda x: encode_batch(x).values(), mirrored, device)
+                place = slice(first_row + rows.start, first_row + rows.stop)
+                for name, value in zip(arrays, values):
+                    blocks.arrays[name][place] = value
+                finite = values[0].isfinite().flatten(1).all(1)
+                if not finite.all():
+                    i = rows[int(finite.long().argmin())]
+                    name = i if images.files is None else images.files[i]
+                    raise InputError(f"image {name}: its latents overflow {tokenizer.dtype}")
+            blocks.arrays["done"][rows.start // 256] = True
             bar.update(len(rows))
+    barrier()
+    return blocks
 
 
 def prepare(src, out, device="cpu", **options):
     """Images of src -> out/latents.npy (N, C, h, w), labels.npy (N,), bank.pt, files.txt (their
     order) and meta.json; with patches also patches.npy (N, T, 64) and patch_scales.npy (N, T),
-    int8 coefficients in the basis of patches.pt, which is a bank of a sample of them.
+    int8 coefficients in the basis of patches.pt.
 
-    options: see DATA_SETTINGS and BANK_SETTINGS. Returns meta, a dict. A killed run resumes; of
-    several processes each encodes a share. InputError for what cannot be used.
+    options: of DEFAULTS. With flip the mirror images come after the others. A killed preparation
+    goes on; of several processes on one machine each encodes a share.
     """
-    out = os.path.normpath(out)
-    settings, made_of = prepare_settings(src, out, options)
-    if is_prepared(out, settings, made_of):  # then src itself may be gone
-        shutil.rmtree(os.path.join(out, "parts"), ignore_errors=True)
-        return read_json(os.path.join(out, "meta.json"))
-    if made_of["source"] is None and not is_glyphs(src):
-        raise InputError(
-            f"{src} does not exist; give a folder of images, an .npy or .npz, or glyphs"
-        )
-    refuse_several_nodes()
-    with one_writer(out):
-        return prepare_anew(src, out, torch.device(device), settings, made_of)
+    from model import load_encoder, load_tokenizer
 
-
-def arrays_to_fill(images, tokenizer, features, tokens, settings):
-    """-> name -> (shape, dtype), as Blocks takes them. Those that stay are where they stay, so that
-    there is no moment at which a kill loses them."""
-    N = len(images)
-    size = settings["image_size"] // tokenizer.factor
-    arrays = {"../latents.npy": ((N, tokenizer.channels, size, size), tokenizer.dtype)}
-    if settings["features"] is None:
-        arrays["features.npy"] = ((N, features.shape[1]), "float32")
-    if settings["patches"]:
-        T, D = tokens.shape[1:]
-        arrays["../patches.npy"] = ((N, T, min(RANK, D)), "int8")
-        arrays["../patch_scales.npy"] = ((N, T), "float32")
-    return arrays
-
-
-def prepare_anew(src, out, device, settings, made_of):
-    """See prepare."""
-    size = settings["image_size"]
-    stats = known_stats(settings)
-    tokenizer, encode = load_networks(settings, device)
-    features, tokens = encode(torch.zeros(1, 3, size, size, device=device))
-    if settings["patches"] and tokens is None:
-        raise InputError(
-            f"the encoder {settings['encoder']} has no patch tokens (for --patches or --align)"
-        )
-    images = Images(src, size, settings["skip_bad"], settings["flip"], out)
-    arrays = arrays_to_fill(images, tokenizer, features, tokens, settings)
-    note(f"{out} takes {space_of(arrays)[1]}")
+    settings = {**DEFAULTS, **options, "source": src}
+    if on_process_zero(is_prepared, out, src, settings):
+        return
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) < rank_world()[1]:
+        raise InputError("several nodes cannot fill one file: prepare on one node")
+    tokenizer = process_zero_first(load_tokenizer, settings["tokenizer"], device)
+    encode = process_zero_first(load_encoder, settings["encoder"], device)
+    images = Images(src, settings["image_size"], settings["skip_bad"])
+    labels = np.tile(images.labels, 1 + settings["flip"])
+    stats = known_stats(settings["tokenizer"], settings["latent_stats"])
+    if stats is not None and not len(stats[0]) == len(stats[1]) == tokenizer.channels:
+        numbers = f"{len(stats[0])} means and {len(stats[1])} deviations of latents"
+        raise InputError(f"{numbers}, expected {tokenizer.channels}, one for each channel")
     if settings["features"] is not None:
         features = load_features(settings["features"])
-        if len(features) != len(images):
-            raise InputError(
-                f"{settings['features']} holds {len(features):,} rows for {len(images):,} entries "
-                f"of {src}"
-            )
+        if len(features) != len(labels):
+            raise InputError(f"{len(features):,} rows of features for {len(labels):,} images")
 
-    parts = os.path.join(out, "parts")
-    options = {name: settings[name] for name in settings if name not in CONTENT}
-    named = {name: without_place(settings[name]) for name in CONTENT if made_of[name] is None}
-    blocks = Blocks(parts, {**options, **made_of, **named, "images": len(images)}, arrays, 256)
-    patch_bank = None
-    if settings["patches"]:
-        patch_bank = patch_basis(os.path.join(parts, "patches.pt"), images, encode, device)
-    encode_images(images, tokenizer, encode, patch_bank, blocks, device)
-    blocks.finish()
-    if settings["features"] is None:
-        features = blocks.arrays["features.npy"]
+    blocks = encode_images(images, tokenizer, encode, out, settings, device)
+    latents = blocks.arrays["latents"]
     if stats is None:
-        stats = measured_stats(blocks.arrays["../latents.npy"])
-    meta = {
-        "settings": settings,
-        "made_of": made_of,
-        "images": len(images) // (1 + images.flip),
-        "latent": arrays["../latents.npy"][0][1:],
-        "classes": images.classes,
-        "class_counts": np.bincount(images.labels[images.labels >= 0]).tolist(),
-        "mean": stats[0],  # the network sees (latent - mean) / std
-        "std": stats[1],
-    }
-    save_prepared(out, meta, images, features, patch_bank, device)
-    del features  # a map of a file that is removed
-    blocks.remove()
-    return read_json(os.path.join(out, "meta.json"))
-
-
-def save_prepared(out, meta, images, features, patch_bank, device):
-    """The banks, labels.npy, files.txt, and last meta.json, which says that the folder is whole."""
-    settings = meta["settings"]
-    bank = MemoryBank.build(
-        features,
-        settings["rank"],
-        settings["dtype"],
-        images.labels,
-        feature_source(settings),
-        distributed=True,
-        device=device,
-    )
-    if bank is not None:
-        bank.save(os.path.join(out, "bank.pt"), overwrite=True)
-        if patch_bank is not None:
-            patch_bank.save(os.path.join(out, "patches.pt"), overwrite=True)
-        labels = os.path.join(out, "labels.npy")
-        with atomic_write(labels) as temporary, open(temporary, "wb") as file:
-            np.save(file, images.labels)
-        if images.files is not None:
-            write_order(os.path.join(out, "files.txt"), images.files, settings["source"])
-        write_json(os.path.join(out, "meta.json"), {**meta, "bank": bank.id})
+        rows = np.linspace(0, len(latents) - 1, min(len(latents), 10_000)).astype(int)
+        sample = latents[rows].astype(np.float64)
+        stats = sample.mean((0, 2, 3)).tolist(), sample.std((0, 2, 3)).tolist()
+    if settings["features"] is None:
+        features = blocks.arrays["features"]
+    if rank_world()[0] == 0:
+        fields = {"encoder": os.path.basename(settings["features"] or settings["encoder"])}
+        fields.update(classes=tuple(images.classes), mirrored=len(images) * settings["flip"])
+        rank = settings["rank"]
+        bank = MemoryBank.build(features, rank, settings["dtype"], labels, device, **fields)
+        meta = {"settings": settings, "images": len(images), "latent": latents.shape[1:]}
+        meta.update(classes=images.classes, mean=stats[0], std=stats[1])
+        save_prepared(out, bank, meta, images.files)
     barrier()
 
 
-def write_order(path, files, source):
-    """files.txt: a line for each image, its path within the source, in the order of the rows"""
-    top = source if os.path.isdir(source) else os.path.dirname(source)
-    with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        file.writelines(os.fsencode(os.path.relpath(name, top) + "\n") for name in files)
+def save_prepared(out, bank, meta, files):
+    """Writes the bank, labels and files.txt, and last meta.json: then the folder is prepared."""
+    bank.save(f"{out}/bank.pt", overwrite=True)
+    np.save(f"{out}/labels.npy", bank.labels.numpy())
+    if files is not None:
+        source = meta["settings"]["source"]
+        lines = [os.path.relpath(file, source) + "\n" for file in files]
+        Path(out, "files.txt").write_bytes(os.fsencode("".join(lines)))
+    counts = torch.bincount(bank.labels[bank.labels >= 0]).tolist()
+    write_json(f"{out}/meta.json", {**meta, "class_counts": counts, "bank": bank.id})
+    for name in ("features.npy", "done.npy", "progress.json"):
+        Path(out, name).unlink(missing_ok=True)
 
 
 # -------------------------------------------------------------------------- what the commands share
 
 
-def note(text):
-    """Prints a line, in one process of all."""
-    if rank_world()[0] == 0:
-        print(text)
+def progress(items=None, **options):
+    """A bar, in process 0; where stderr is no terminal, a line every 30 s at most."""
+    interval = 0.1 if sys.stderr.isatty() else 30
+    options.update(mininterval=interval, maxinterval=max(10, interval))
+    return tqdm(items, disable=rank_world()[0] > 0, **options)
 
 
-def differences(was, now):
-    """The settings of `now` that were others, in words."""
-    return ", ".join(
-        f"{name} {was.get(name)}, not {now[name]}" for name in now if was.get(name) != now[name]
-    )
-
-
-def in_range(low, high=float("inf"), kind=int):
-    """-> a type for argparse: a number in [low, high)"""
-
-    def parse(text):
-        value = kind(text)
-        if not low <= value < high:
-            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high})")
-        return value
-
-    parse.__name__ = "whole number" if kind is int else "number"
-    return parse
-
-
-def rank_or_full(text):
-    return text if text == "full" else in_range(1)(text)
-
-
-rank_or_full.__name__ = "rank"
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise InputError(message)
-
-
-def help_formatter(prog):
-    return argparse.HelpFormatter(prog, max_help_position=32, width=100)
-
-
-def read_flags(settings, description, groups=None):
-    """-> the settings that the command line gives, and no others.
-
-    settings  name -> (default, type, help); a type is what argparse takes as one, bool, a tuple of
-              choices, or a dict of argparse's options
-    groups    name of a setting -> title in --help for it and those that follow"""
-    parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.formatter_class = help_formatter
-    group = parser
-    for name, (default, kind, text) in settings.items():
-        if groups is not None and name in groups:
-            group = parser.add_argument_group(groups[name])
-        if kind is bool:
-            options = {"action": argparse.BooleanOptionalAction}
-        elif isinstance(kind, tuple):
-            options = {"choices": kind, "metavar": name.upper()}
-            text = f"{text} [{', '.join(kind)}]"
-        elif isinstance(kind, dict):
-            options = kind
-        else:
-            options = {"type": kind}
-        if default is not None:
-            text = f"{text} (default: {default})"
-        group.add_argument(f"--{name.replace('_', '-')}", help=text, **options)
-    return vars(parser.parse_args())
-
-
-def defaults(settings):
-    return {name: default for name, (default, _, _) in settings.items()}
-
-
-def one_line_warning(message, *place):
-    return f"{os.path.basename(sys.argv[0])}: warning: {message}\n"
-
-
-class SafeFile(io.FileIO):
-    """A file whose reader may have gone, as that of a pipe: this ends no run."""
-
-    def write(self, data):
-        try:
-            return super().write(data)
-        except OSError:
-            return len(data)
-
-
-def safe_output(stream):
-    """Standard output or error -> the same, which also takes characters that it cannot show"""
-    if stream is None:  # it was closed
-        return open(os.devnull, "w")
-    file = io.BufferedWriter(SafeFile(stream.fileno(), "w", closefd=False))
-    return io.TextIOWrapper(file, stream.encoding, "backslashreplace", line_buffering=True)
-
-
-def cli(main):
-    """Runs main(); bad input ends as one line on stderr and exit code 2. Others: a traceback."""
-    warnings.formatwarning = one_line_warning
-    if sys.stdout is sys.__stdout__:
-        sys.stdout = safe_output(sys.stdout)
-        sys.stderr = safe_output(sys.stderr)
-    try:
-        main()
-        barrier()
-        leave_group()
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
-    except (ValueError, OSError) as e:
-        # by name, because model.py has an InputError of its own, so that it can be copied alone
-        if isinstance(e, ValueError) and type(e).__name__ != "InputError":
-            raise
-        text = " ".join(str(e).split())
-        print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr)
-        leave_group()
-        sys.exit(2)
+def refuse_differences(was, now, what):
+    """InputError where settings differ; of paths the last part alone, as folders may move."""
+    differ = []
+    for name in now:
+        old = was.get(name, now[name])
+        if os.path.basename(str(old)) != os.path.basename(str(now[name])):
+            differ.append(f"{name} {old}, not {now[name]}")
+    if differ:
+        raise InputError(f"{what} with {', '.join(differ)}: name another folder, or delete it")
 
 
 def ahead(f, items):
@@ -1600,98 +868,56 @@ def ahead(f, items):
 
 @contextmanager
 def atomic_write(path):
-    """Gives a temporary name to write to, which takes the place of path once all is written."""
-    temporary = f"{path}.tmp"
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except RuntimeError as e:
-        if "inline_container" not in str(e) and "PytorchStreamWriter" not in str(e):
-            raise
-        # what torch.save makes of a full disk
-        raise OSError(f"{path} cannot be written (disk full?), what was there is kept: {e}") from e
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-
-
-def load_array(path):
-    """An .npy file, mapped into memory."""
-    try:
-        return np.lib.format.open_memmap(path, mode="r")
-    except ValueError as e:
-        raise InputError(f"{path} is not an .npy file of numbers, or damaged") from e
-
-
-def read_json(path):
-    try:
-        with open(path) as file:
-            return json.load(file)
-    except ValueError as e:
-        raise InputError(f"{path} is damaged: {e}") from e
+    """Gives a temporary file, which takes the place of path once all is on the disk."""
+    path = os.path.realpath(path)  # a link stays a link
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(f"{path}.tmp", "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
 
 
 def write_json(path, value):
-    with atomic_write(path) as temporary, open(temporary, "w") as file:
-        json.dump(value, file, indent=1)
+    with atomic_write(path) as file:
+        file.write(json.dumps(value, indent=1).encode())
 
 
-def launch_number(name, default):
-    """A variable of the environment that torchrun sets, or the default. InputError if no number."""
-    text = os.environ.get(name, str(default))
-    if not text.isdecimal():
-        raise InputError(f"{name} is {text!r} in the environment, expected a number from torchrun")
-    return int(text)
+def lock_folder(folder):
+    """-> a file that locks the folder as long as it is open. InputError where another command has
+    locked it."""
+    os.makedirs(folder, exist_ok=True)
+    file = open(f"{folder}/.lock", "w")  # noqa: SIM115 - it stays open
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise InputError(f"another command is writing to {folder}") from e
+    return file
 
 
-def best_device(name=None):
-    """-> torch.device: name, or the best there is; of several GPUs the one of this process"""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if name is None:
-        name = "cpu" if accelerator is None else accelerator.type
-    if name == "cuda":
-        local_rank = launch_number("LOCAL_RANK", 0)
-        if local_rank > 0 and torch.cuda.device_count() == 1:
-            print(f"process {local_rank} of this machine uses cuda:0, the only GPU that it sees")
-            local_rank = 0
-        name = f"cuda:{local_rank}"
-    try:
-        return torch.empty(0, device=name).device
-    except (AssertionError, RuntimeError) as e:
-        reason = str(e).splitlines()[0]
-        raise InputError(f"--device {name} is unavailable ({reason}); --device cpu works") from e
+def init_distributed(device=None):
+    """Joins the processes that torchrun has started, if it has. They wait for each other for a day
+    at most, as process 0 alone reads folders and writes files.
+    -> torch.device: that name, or the best there is; of several GPUs the one of this process"""
+    if device is None:
+        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    device = torch.device(device)
+    if device.type == "cuda":
+        index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+        device = torch.device("cuda", index if device.index is None else device.index)
+        torch.cuda.set_device(device)
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=1))
+    return device
 
 
 def default_dtype(device):
-    """The dtype of a forward pass: bfloat16 on GPUs that compute in it, float32 elsewhere"""
-    if device.type != "cuda":
-        return "float32"
-    if torch.cuda.is_bf16_supported(including_emulation=False):
+    """Of a network: bfloat16 on GPUs that compute in it, float32 elsewhere"""
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return "bfloat16"
-    if rank_world()[0] == 0:
-        print(f"{device} does not compute in bfloat16: float32 is used")
     return "float32"
-
-
-def init_distributed(device):
-    """Joins the processes that torchrun has started, if it has. InputError where the environment
-    holds a part of what torchrun sets."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    expected = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    missing = ", ".join(name for name in expected if name not in os.environ)
-    given = ", ".join(name for name in expected[:2] if name in os.environ)
-    if not given or dist.is_initialized():
-        return
-    if missing:
-        raise InputError(
-            f"{given} in the environment without {missing}: start with torchrun, or unset {given}"
-        )
-    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
-        launch_number(name, 0)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    patient_group()
 
 
 def rank_world():
@@ -1701,169 +927,89 @@ def rank_world():
     return 0, 1
 
 
-def all_reduce(tensor):
+def all_reduce(tensor, op=dist.ReduceOp.SUM):
     """Sums a tensor over all processes, in place."""
     if rank_world()[1] > 1:
-        dist.all_reduce(tensor)
-
-
-@cache
-def patient_group():
-    """All processes, waiting up to a day: rank 0 alone saves banks, or writes 50,000 PNGs."""
-    return dist.new_group(timeout=timedelta(days=1), backend="gloo")
+        dist.all_reduce(tensor, op)
 
 
 def barrier():
-    """Waits, up to a day, until all processes are here."""
-    if rank_world()[1] > 1:
-        dist.barrier(patient_group())
+    """Waits until all processes are here."""
+    all_reduce(torch.zeros(1))
 
 
-def leave_group():
-    """Left to the interpreter's end, gloo's threads may abort the process."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def on_first_process(f, *args):
-    """f(*args) on process 0 -> its result there, None on the others, which wait, up to a day.
-    Where it raises, process 0 raises the error and the others end silently, with exit code 2."""
-    result = None
-    error = None
+def process_zero_first(f, *args):
+    """f(*args) on process 0, then on the others, which find what it has downloaded."""
+    if rank_world()[0] > 0:
+        barrier()
+    result = f(*args)
     if rank_world()[0] == 0:
-        try:
-            result = f(*args)
-        except Exception as e:  # noqa: BLE001 - raised below, once the others know of it
-            error = e
-    failed = torch.tensor(float(error is not None))
-    if rank_world()[1] > 1:
-        dist.all_reduce(failed, group=patient_group())
-    if error is not None:
-        raise error
-    if failed > 0:
-        leave_group()
-        sys.exit(2)
+        barrier()
     return result
 
 
-LOCK = ".lock"  # the lock file in a folder that a command writes to
+def on_process_zero(f, *args):
+    """-> on all processes, what f(*args) returns on process 0"""
+    results = [f(*args) if rank_world()[0] == 0 else None]
+    if rank_world()[1] > 1:
+        dist.broadcast_object_list(results, device="cpu")
+    return results[0]
 
 
-def lock_path(out):
-    """The lock file of an output: in a folder; beside a file (.npz, .png, .pt)"""
-    out = os.path.abspath(out)  # without a slash at its end
-    folder, name = os.path.split(out)
-    if name.lower().endswith((".npz", ".png", ".pt")) and not os.path.isdir(out):
-        return os.path.join(folder, f".{name}{LOCK}")
-    return os.path.join(out, LOCK)
-
-
-def is_at(path, file):
-    """Whether an open file is the one at path."""
-    return os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-
-
-def take_lock(out):
-    """-> the lock file of an output, open and locked by this process; None, which is said, on a
-    system without locks. InputError where another process holds it."""
-    path = lock_path(out)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    while fcntl is not None:
-        file = open(path, "a+")  # noqa: SIM115 - kept open; not emptied: it says who holds it
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as e:
-            file.seek(0)
-            holder = file.read() or "another process"
-            raise InputError(f"{holder} is writing to {out}: wait, or name another --out") from e
-        except OSError as e:
-            print(f"{path} cannot be locked ({e}): take care that one command alone writes there")
-            return None
-        if is_at(path, file):  # else its last holder has just removed it
-            file.truncate(0)
-            command = os.path.basename(sys.argv[0])
-            file.write(f"{command} (process {os.getpid()} on {socket.gethostname()})")
-            file.flush()
-            return file
-        file.close()
-    print(f"this system has no file locks: take care that one command alone writes to {out}")
-    return None
-
-
-@contextmanager
-def one_writer(out):
-    """Within the block no other command writes to the output `out`, a folder or a file.
-
-    Of several processes, the first one holds the lock for all. The system releases it when that
-    process ends, by kill -9 too. InputError, which says who writes, where another command does."""
-    folder = os.path.dirname(lock_path(out))
-    new_folder = rank_world()[0] == 0 and not os.path.isdir(folder)
-    file = on_first_process(take_lock, out)
+def cli(main):
+    """Runs main(). An InputError or OSError ends as one line on stderr, with exit code 2."""
     try:
-        yield
-        barrier()  # all processes have written
+        main()
+    except (ValueError, OSError) as e:
+        # by name, because model.py has an InputError of its own, so that it can be copied alone
+        if isinstance(e, ValueError) and type(e).__name__ != "InputError":
+            raise
+        print(f"{os.path.basename(sys.argv[0])}: error: {e}", file=sys.stderr)
+        sys.exit(2)
     finally:
-        if file is not None:
-            if is_at(file.name, file):
-                os.remove(file.name)
-            file.close()
-        if new_folder and os.path.isdir(folder) and not os.listdir(folder):
-            os.rmdir(folder)
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
-# name: (default, type, help)
-DATA_SETTINGS = {
-    "image_size": (256, in_range(1), "height and width that images are cropped to"),
-    "tokenizer": ("pixel", str, "pixel, sd-vae-ft-ema, vavae-f16d32, or a file of an autoencoder"),
-    "latent_stats": (None, str, "file with mean and std of latents, instead of measured ones"),
-    "encoder": (
-        "thumbnail",
-        str,
-        "thumbnail, dinov2_vits14, dinov2_vitb14, dinov2_vitl14, or a file of a DINOv2",
-    ),
-    "rank": (RANK, rank_or_full, "directions that the bank keeps, or full"),
-    "flip": (False, bool, "add the mirror image of each image, with its own row of the bank"),
-    "skip_bad": (False, bool, "leave out files that cannot be read as images"),
-    "max_pixels": (
-        None,
-        in_range(1),
-        "refuse images of over twice as many pixels (default: Pillow's)",
-    ),
-}
-BANK_SETTINGS = {
-    "features": (None, str, "features (N, D), .npy or .pt; without --data OUT is their bank"),
-    "dtype": ("int8", DTYPES, "dtype of the bank's coefficients (with --rank full not int8)"),
-    "patches": (False, bool, "keep the patch tokens too, for train.py --align"),
-}
+def add_data_flags(parser, image_size):
+    """The flags that memory.py and train.py have in common"""
+    add = parser.add_argument
+    flag = argparse.BooleanOptionalAction
+    add("--image-size", type=int, default=image_size, help="images are cropped to this size")
+    add("--tokenizer", default="pixel", help="pixel, sd-vae-ft-ema, vavae-f16d32, or a file")
+    add("--latent-stats", metavar="F", help="file with mean and std of the latents' channels")
+    add("--encoder", default="thumbnail", help="thumbnail, dinov2_vits14, _vitb14, .., or a file")
+    add("--rank", default=RANK, help="directions that the bank keeps, or full")
+    add("--flip", action=flag, default=False, help="add mirror images, with snippets of their own")
+    add("--skip-bad", action=flag, default=False, help="leave out images that do not decode")
 
 
 def main():
-    settings = {
-        "data": (None, str, "folder of images, .npy or .npz of uint8 (N,H,W,3), or glyphs"),
-        "out": (None, str, "folder, or without --data the file of a bank"),
-        **DATA_SETTINGS,
-        **BANK_SETTINGS,
-    }
-    args = argparse.Namespace(**defaults(settings))
-    vars(args).update(read_flags(settings, "Images to latents and a memory bank."))
-    if args.out is None or (args.data is None and args.features is None):
-        raise InputError("give --out, and --data (images) or --features (a matrix) or both")
+    parser = argparse.ArgumentParser(description="Images to latents and a memory bank.")
+    add = parser.add_argument
+    add(
+        "--data", metavar="SRC", help="images: a folder, .npy or .npz of uint8 (N,H,W,3), or glyphs"
+    )
+    add("--out", required=True, help="folder, or without --data the file of a bank")
+    add_data_flags(parser, image_size=256)
+    add("--features", metavar="F", help="features (N, D), .npy or .pt, instead of --encoder")
+    add("--dtype", choices=DTYPES, default="int8", help="dtype of the bank's coefficients")
+    add("--patches", action="store_true", help="keep the patch tokens, for train.py --align")
+    args = parser.parse_args()
+    if args.data is None and args.features is None:
+        parser.error("give --data (images) or --features (a matrix), or both")
 
-    device = best_device()
-    init_distributed(device)
-    bank_file = args.out
+    device = init_distributed()
     if args.data is not None:
-        names = [*DATA_SETTINGS, *BANK_SETTINGS]
-        prepare(args.data, args.out, device, **{name: getattr(args, name) for name in names})
-        bank_file = os.path.join(args.out, "bank.pt")
-    else:
+        prepare(args.data, args.out, device, **{name: getattr(args, name) for name in DEFAULTS})
+        if rank_world()[0] == 0:
+            print(f"{args.out}: {MemoryBank.load(f'{args.out}/bank.pt')}")
+    elif rank_world()[0] == 0:
         features = load_features(args.features)
-        with one_writer(args.out):
-            bank = MemoryBank.build(features, args.rank, args.dtype, distributed=True)
-            if bank is not None:
-                bank.save(args.out)
-    if rank_world()[0] == 0:
-        print(f"{args.out}: {MemoryBank.load(bank_file)}")
+        name = os.path.basename(args.features)
+        bank = MemoryBank.build(features, args.rank, args.dtype, device=device, encoder=name)
+        bank.save(args.out)
+        print(f"{args.out}: {bank}")
 
 
 if __name__ == "__main__":

@@ -9,38 +9,33 @@
     guidance  v = v_null + cfg (v_s - v_null)        where LO <= t <= HI
 
 - class SiT is SiT (arXiv 2401.08740) and LightningDiT (arXiv 2501.01423), by switches of SiTConfig
-- the network may predict x instead of v, for large patches (arXiv 2511.13720); it returns v
 - the snippet is projected, added to the time embedding, and reaches each block by adaLN; in the
   small models it is also projected to each token
-- parameters carry the names of the official code, so that official weights need no renaming
+- then official weights, whose names of parameters are kept here, the autoencoders and DINOv2
 - only torch and the standard library are imported: this file can be copied into any other code
 """
 
 import argparse
-import hashlib
 import math
 import os
-import urllib.request
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
-from http.client import HTTPException
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 class InputError(ValueError):
     """What a user gave cannot be used; the message says what was expected."""
 
 
-# ----------------------------------------------------------------------------------------- settings
-
-
 @dataclass
 class SiTConfig:
-    """Everything that defines a network. InputError where the values do not go together."""
+    """Everything that defines a network."""
 
     input_size: int = 32  # height and width of x, in latent pixels
     patch_size: int = 2
@@ -50,7 +45,7 @@ class SiTConfig:
     num_heads: int = 6
     mlp_ratio: float = 4.0
     memory_dim: int = 0  # D of the snippets; 0: no memory
-    memory_scale: float = 1.0  # what snippets are multiplied by (official: 1)
+    memory_scale: float = 1.0  # factor on snippets (official: 1); see standardize_snippets
     memory_center: bool = False  # the network sees s - mean: a masked entry is the mean, not zero
     memory_tokens: bool = False  # s is also added to the tokens, by D -> T*h (not official)
     num_classes: int = 0  # 0: no labels
@@ -61,13 +56,15 @@ class SiTConfig:
     rope: bool = False
     qk_norm: bool = False
     zero_init: bool = True  # adaLN-zero: every block starts as the identity, the output as zero
-    # the network gives x, v = (x - x_t) / max(1 - t, 0.05): for large patches
-    predict_x: bool = False
+    predict_x: bool = False  # the last layer gives x, not v: for large patches (arXiv 2511.13720)
     align_dim: int = 0  # REPA: block align_depth is projected to features of this width; 0: off
     align_depth: int = 4
 
     def __post_init__(self):
-        check_config(self)
+        if self.input_size % self.patch_size != 0:
+            raise InputError(f"patch_size {self.patch_size} does not divide {self.input_size}")
+        assert self.hidden_size % (4 * self.num_heads) == 0, "heads need 4, 8, 12, ... numbers"
+        assert not self.align_dim or 1 <= self.align_depth <= self.depth, "align_depth"
 
 
 # the sizes of the SiT and LightningDiT papers, and one for a CPU
@@ -94,6 +91,8 @@ CONFIGS = {
 }
 
 # ---------------------------------------------------------------------------------- the transformer
+
+RMSNorm = partial(nn.RMSNorm, eps=1e-6)
 
 
 def named(**modules):
@@ -125,9 +124,7 @@ class PatchEmbed(nn.Conv2d):
     """x (B, C, H, W) -> tokens (B, T, h): a convolution with stride p, as a (faster) product."""
 
     def forward(self, x):
-        p = self.stride[0]
-        x = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (B, C, n, p, n, p)
-        patches = x.permute(0, 1, 3, 5, 2, 4).flatten(4).flatten(1, 3).mT  # (B, T, C*p*p)
+        patches = F.pixel_unshuffle(x, self.stride[0]).flatten(2).mT  # (B, T, C*p*p)
         return F.linear(patches, self.weight.flatten(1), self.bias)
 
 
@@ -136,15 +133,10 @@ class Rope2d(nn.Module):
 
     def __init__(self, head_dim, size):
         super().__init__()
-        self.size = size
-        self.register_buffer("freqs_cos", torch.empty(size * size, head_dim))
-        self.register_buffer("freqs_sin", torch.empty(size * size, head_dim))
-
-    def reset_parameters(self):
-        column, row = position_angles(self.freqs_cos.shape[1], self.size)
+        column, row = position_angles(head_dim, size)
         angle = torch.cat([row, column], dim=1).repeat_interleave(2, dim=1)  # (size*size, head_dim)
-        self.freqs_cos.copy_(angle.cos())
-        self.freqs_sin.copy_(angle.sin())
+        self.register_buffer("freqs_cos", angle.cos().float())
+        self.register_buffer("freqs_sin", angle.sin().float())
 
     def forward(self, q):
         a, b = q.unflatten(-1, (-1, 2)).unbind(-1)
@@ -188,17 +180,8 @@ class SwiGLU(nn.Module):
 
 def block_norm(config):
     if config.rmsnorm:
-        return nn.RMSNorm(config.hidden_size, eps=1e-6)
+        return RMSNorm(config.hidden_size)
     return nn.LayerNorm(config.hidden_size, eps=1e-6, elementwise_affine=False)
-
-
-def head_norm(config):
-    """-> function: width -> the norm of queries, or keys"""
-    if not config.qk_norm:
-        return nn.Identity
-    if config.rmsnorm:
-        return lambda width: nn.RMSNorm(width, eps=1e-6)
-    return nn.LayerNorm
 
 
 class Block(nn.Module):
@@ -207,8 +190,11 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         h = config.hidden_size
+        head_norm = nn.Identity
+        if config.qk_norm:
+            head_norm = RMSNorm if config.rmsnorm else nn.LayerNorm
         self.norm1 = block_norm(config)
-        self.attn = Attention(h, config.num_heads, head_norm(config))
+        self.attn = Attention(h, config.num_heads, head_norm)
         self.norm2 = block_norm(config)
         inner = int(h * config.mlp_ratio)
         if config.swiglu:
@@ -238,11 +224,12 @@ class FinalLayer(nn.Module):
 
 
 class SiT(nn.Module):
-    """v(x_t, t, s): see forward. With memory_center, first set memory_mean, the snippets' mean."""
+    """v(x_t, t, s): see forward. Call standardize_snippets before training on a memory bank."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.checkpointing = False  # True: recompute each block in the backward pass
         h = config.hidden_size
         p = config.patch_size
         size = config.input_size // p  # tokens in a row
@@ -255,8 +242,10 @@ class SiT(nn.Module):
         if config.memory_dim and config.memory_tokens:
             self.token_projection = nn.Linear(config.memory_dim, size * size * h)
         if config.memory_center:
-            self.register_buffer("memory_mean", torch.empty(config.memory_dim))
-        self.register_buffer("pos_embed", torch.empty(1, size * size, h))
+            self.register_buffer("memory_mean", torch.zeros(config.memory_dim))
+        x, y = position_angles(h, size)
+        table = torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)
+        self.register_buffer("pos_embed", table[None].float())  # (1, T, h)
         self.feat_rope = Rope2d(h // config.num_heads, size) if config.rope else None
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
         if config.align_dim:  # three layers, as in REPA (arXiv 2410.06940)
@@ -269,27 +258,31 @@ class SiT(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """linear layers, patch embedding (flattened)    Xavier uniform, bias 0
-        norms                                         1, bias 0
         t_embedder, y_embedder                        normal, std 0.02
         adaLN, final_layer.linear                     0 (zero_init=False, GMem: as linear layers)
-        buffers                                       position tables; memory_mean 0
         """
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
                 module.bias.zero_()
-            if isinstance(module, (nn.LayerNorm, nn.RMSNorm, Rope2d)):
-                module.reset_parameters()
         for name, weight in self.named_parameters():
             if name.startswith(("t_embedder", "y_embedder")) and weight.ndim == 2:
                 nn.init.normal_(weight, std=0.02)
             if self.config.zero_init and ("adaLN" in name or name.startswith("final_layer.linear")):
                 weight.zero_()
-        size = self.config.input_size // self.config.patch_size
-        x, y = position_angles(self.config.hidden_size, size)
-        self.pos_embed.copy_(torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1))
-        if self.config.memory_center:
-            self.memory_mean.zero_()
+
+    @torch.no_grad()
+    def standardize_snippets(self, bank):
+        """Sets memory_mean and config.memory_scale so that the snippets of a bank, as the network
+        sees them, have mean 0 and variance 1. bank: a MemoryBank or tensor (N, D), unit-norm; up to
+        10,000 rows of it are used."""
+        if not self.config.memory_center:
+            raise InputError("standardize_snippets: the config needs memory_center=True")
+        rows = torch.linspace(0, len(bank) - 1, min(len(bank), 10_000), dtype=torch.float64)
+        s = bank[rows.long()]
+        self.memory_mean.copy_(s.mean(dim=0))
+        std = (s - s.mean(dim=0)).square().mean().sqrt().item()
+        self.config.memory_scale = 1 / max(std, 1e-6)
 
     def shown_snippets(self, s):
         """Snippets (B, D) as the network sees them: centred, scaled, masked; zeros stay zeros."""
@@ -331,12 +324,15 @@ class SiT(nn.Module):
 
         projected = None
         for i, block in enumerate(self.blocks, start=1):
-            tokens = block(tokens, c, self.feat_rope)
+            if self.checkpointing and self.training:
+                tokens = checkpoint(block, tokens, c, self.feat_rope, use_reentrant=False)
+            else:
+                tokens = block(tokens, c, self.feat_rope)
             if self.training and config.align_dim and i == config.align_depth:
                 projected = self.projector[0](tokens)
 
         out = self.unpatchify(self.final_layer(tokens, c))
-        if config.predict_x:  # out is x (arXiv 2511.13720); the bound keeps v finite
+        if config.predict_x:  # out is x; the bound keeps v finite
             out = (out - x) / (1 - t[:, None, None, None]).clamp_min(0.05).to(dtype)
         return out if projected is None else (out, projected)
 
@@ -352,6 +348,12 @@ def cosine(v, u):
     return (v * u).sum(1) * (v_square * u_square).rsqrt()
 
 
+def training_modes(model):
+    """The set of .training of each SiT in a model, which may wrap it; empty where there is none."""
+    modules = model.modules() if isinstance(model, nn.Module) else []
+    return {module.training for module in modules if isinstance(module, SiT)}
+
+
 def flow_loss(
     model, x, s=None, y=None, cond_drop_prob=0.1, targets=None, align=0.0, t_mean=0.0, t_std=1.0
 ):
@@ -363,12 +365,14 @@ def flow_loss(
     targets         (B, T, align_dim) features for the projected tokens (REPA); align: their weight
     t_mean, t_std   mean and standard deviation of the logit of t, which is normal
     All draws are from torch's default generator: t, z, which images to drop; then the model's mask.
+    Eval mode, which has no mask, is for validation under torch.no_grad().
     """
+    if torch.is_grad_enabled() and False in training_modes(model):
+        raise InputError("flow_loss: the network is in eval mode and has no mask: call its train()")
     x = x.float()
-    B = x.shape[0]
-    t = (t_mean + t_std * torch.randn(B, device=x.device, dtype=x.dtype)).sigmoid()
+    t = (t_mean + t_std * torch.randn(len(x), device=x.device, dtype=x.dtype)).sigmoid()
     z = torch.randn_like(x)
-    keep = torch.rand(B, device=x.device, dtype=x.dtype) >= cond_drop_prob
+    keep = torch.rand(len(x), device=x.device, dtype=x.dtype) >= cond_drop_prob
     if s is not None:
         s = s * keep[:, None]
     if y is not None:
@@ -380,8 +384,6 @@ def flow_loss(
     v = v.float()
     loss = F.mse_loss(v, u) + 1 - cosine(v, u).mean()
     if targets is not None:
-        if projected is None:
-            raise InputError("targets: expected a model with align_dim, in training mode")
         cosines = F.cosine_similarity(projected.float(), targets.float(), dim=-1)
         loss = loss - align * cosines.mean()
     elif projected is not None:
@@ -389,35 +391,25 @@ def flow_loss(
     return loss
 
 
-def at_time(v, x, t):
-    """v(x, t) in the dtype of x, for a t that is one number for all of the batch."""
-    times = x.new_full((x.shape[0],), t)
-    if not hasattr(v, "guidance_interval"):
-        return v(x, times).to(x.dtype)
-    low, high = v.guidance_interval
-    return v(x, times, outside=not low <= t <= high).to(x.dtype)
-
-
 @torch.no_grad()
 def ode(v, z, steps, method="heun", shift=0.0):
-    """From noise z (B, ...) to data, by v(x, t) -> velocity, t (B,). Returns x at t = 1.
+    """From noise z (B, ...) to data, by a function v(x, t) -> velocity, t a float. -> x at t = 1
 
-    v       a network in eval mode, what guided returns, or a function; its values of any float type
     method  "euler" (order 1) or "heun" (order 2; its last step is Euler's, because no network has
             learned what to do at t = 1)
-    shift   a > 0 maps the times by t -> a t / (1 + (a-1) t): a < 1 puts more steps near the noise,
-            a > 1 near the data; 0: as 1, uniform
-    No graph is kept. x is float32 (float64 where z is) between the steps, also under autocast.
+    shift   a > 0 maps the times by t -> a t / (1 + (a-1) t): a < 1 puts more steps near the noise
+    x is float32 between the steps; no graph is kept.
     """
-    x = checked_noise(v, z, steps, method)
+    assert steps >= 1 and method in ("euler", "heun"), (steps, method)
+    x = z.float()
     times = [i / steps for i in range(steps + 1)]
     if shift > 0:
         times = [shift * t / (1 + (shift - 1) * t) for t in times]
     for i in range(steps):
         dt = times[i + 1] - times[i]
-        k = at_time(v, x, times[i])
+        k = v(x, times[i])
         if method == "heun" and i + 1 < steps:
-            k = (k + at_time(v, x + dt * k, times[i + 1])) / 2
+            k = (k + v(x + dt * k, times[i + 1])) / 2
         x = x + dt * k
     return x
 
@@ -430,10 +422,11 @@ def sde(v, z, steps, method="heun", noise=torch.randn_like, diffusion=1.0, last_
     last_step  the size of the last step, which has no noise ("mean")
     The defaults are the official GMem's, whose num_steps are points: one more than these steps.
     """
-    x = checked_noise(v, z, steps, method)
+    assert steps >= 1 and method in ("euler", "heun"), (steps, method)
+    x = z.float()
 
     def drift(x, t):
-        velocity = at_time(v, x, t)
+        velocity = v(x, t)
         return velocity + diffusion * (t * velocity - x)
 
     dt = (1 - last_step) / steps
@@ -450,214 +443,70 @@ def sde(v, z, steps, method="heun", noise=torch.randn_like, diffusion=1.0, last_
 
 
 def guided(model, s=None, y=None, cfg=1.0, interval=(0.0, 1.0)):
-    """-> v(x, t), the velocity under snippets s (B, D) and labels y (B,), with guidance.
+    """-> v(x, t) for ode and sde, with guidance, in float32; t a float.
 
     model     SiT, or what wraps it (DDP, FSDP, torch.compile, AveragedModel), in eval mode
+    s, y      snippets (B, D) of any norm: they are normalised here, zeros are null; labels (B,)
     cfg       guidance scale, on all channels; 1: no guidance
-    interval  LO, HI: guidance only while LO <= t <= HI
-    Called by itself with cfg != 1, v evaluates the network twice: it cannot see t without waiting
-    for a GPU. ode and sde know t as a number: outside of the interval they evaluate it once.
+    interval  LO, HI: guidance only while LO <= t <= HI, elsewhere one evaluation instead of two
     """
-    low = interval[0] - 1e-6  # t is float32
-    high = interval[1] + 1e-6
+    if True in training_modes(model):
+        raise InputError("guided: the network is in training mode and would mask: call its eval()")
+    if s is not None:
+        s = F.normalize(s.float(), dim=1)
 
-    def v(x, t, outside=False):
-        check_eval(model)
-        v_s = model(x, t, s, y)
-        if cfg == 1 or outside:
+    def v(x, t):
+        times = x.new_full((x.shape[0],), t)
+        v_s = model(x, times, s, y).float()
+        if cfg == 1 or not interval[0] <= t <= interval[1]:
             return v_s
-        v_null = model(x, t)
-        within = ((low <= t) & (t <= high)).view(-1, *[1] * (x.ndim - 1))
-        return torch.where(within, torch.lerp(v_null, v_s, cfg), v_s)
+        v_null = model(x, times).float()
+        return torch.lerp(v_null, v_s, cfg)
 
-    v.guidance_interval = (low, high)  # see at_time
     return v
 
 
-# ================ end of the core: checks, and networks made elsewhere, follow ====================
+# --------------------------------------------------------------------------------- official weights
 
 
-def check_config(config):
-    """InputError where the values of a SiTConfig do not go together."""
-    size = config.input_size
-    p = config.patch_size
-    h = config.hidden_size
-    if p < 1 or size % p != 0:
-        raise InputError(f"input_size {size}: not a multiple of patch_size {p}")
-    if config.num_heads < 1 or h % config.num_heads != 0:
-        raise InputError(f"hidden_size {h}: not a multiple of num_heads {config.num_heads}")
-    head_dim = h // config.num_heads
-    if h % 4 != 0 or (config.rope and head_dim % 4 != 0):
-        raise InputError(
-            f"hidden_size {h}, {head_dim} for each head: tables of positions in two dimensions "
-            "need multiples of 4"
-        )
-    if not 0 <= config.mask_ratio < 1:
-        raise InputError(f"mask_ratio {config.mask_ratio}: expected a fraction, in [0, 1)")
-    if config.align_dim and not 1 <= config.align_depth <= config.depth:
-        raise InputError(f"align_depth {config.align_depth}: not one of {config.depth} blocks")
+def load_file(source, urls=()):
+    """-> what torch.save wrote into a file: tensors and plain values, mapped into memory.
 
-
-def check_eval(model):
-    """InputError where a SiT is in training mode: it would mask the snippets that it is given."""
-    modules = model.modules() if isinstance(model, nn.Module) else []
-    if any(isinstance(module, SiT) and module.training for module in modules):
-        raise InputError("the network is in training mode: call its eval() before sampling")
-
-
-def checked_noise(v, z, steps, method):
-    """-> z in float32, or float64. InputError for arguments that no sampler takes."""
-    check_eval(v)
-    if steps < 1:
-        raise InputError(f"{steps} steps: expected 1 or more")
-    if method not in ("euler", "heun"):
-        raise InputError(f"unknown method {method}; known: euler, heun")
-    return z.to(torch.promote_types(z.dtype, torch.float32))
-
-
-def fetch(url, path, sha256):
-    """The file at url -> path. OSError where its length, or the head of its SHA-256, is wrong."""
-    partial = f"{path}.{os.urandom(8).hex()}.partial"
-    request = urllib.request.Request(url, headers={"User-Agent": "torch.hub"})
-    digest = hashlib.sha256()
-    try:
-        with urllib.request.urlopen(request, timeout=60) as response, open(partial, "wb") as file:
-            length = response.headers["Content-Length"]
-            print(f"downloading {url} to {path}", flush=True)
-            total = None if length is None else int(length)
-            bar = torch.hub.tqdm(total=total, unit="B", unit_scale=True)
-            while chunk := response.read(1 << 20):
-                file.write(chunk)
-                digest.update(chunk)
-                bar.update(len(chunk))
-            bar.close()
-        if length is not None and os.path.getsize(partial) != int(length):
-            raise OSError(f"the connection was cut after {os.path.getsize(partial)} bytes")
-        if not digest.hexdigest().startswith(sha256):
-            raise OSError(f"the SHA-256 is {digest.hexdigest()}, expected {sha256}")
-        os.replace(partial, path)
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
-
-
-def download(url, path, sha256):
-    """The file at url -> path, by one process: others wait. InputError where that fails."""
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(f"{path}.lock", "w") as lock:
-            if os.name == "posix":  # elsewhere each process downloads a copy of its own
-                import fcntl
-
-                fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed, or the process ends
-            if not os.path.exists(path):
-                fetch(url, path, sha256)
-    except (OSError, HTTPException) as e:
-        reason = f"{type(e).__name__}: {e}"
-        raise InputError(f"no download of {url} to {path} ({reason}): put a copy there") from e
-
-
-def load_failure(error):
-    """Why torch.load raised this error, in one line."""
-    text = str(error).rpartition("WeightsUnpickler error:")[2].strip()
-    first = text.partition("\n")[0].partition(" Please use")[0]
-    reason = f"{type(error).__name__}: {first}"
-    if "Unsupported global" in first:
-        return f"holds an object that is neither weights nor numbers, and is not loaded ({reason})"
-    if isinstance(error, (PermissionError, MemoryError)):
-        return f"cannot be read ({reason})"
-    return f"is damaged, or not written by torch.save ({reason})"
-
-
-def load_file(source, urls=(), keys=()):
-    """What a file of torch.save holds, mapped into memory.
-
-    source  its path, or a name in urls, which is downloaded once, to torch's cache; what is
-            neither str nor path is returned as it is
-    urls    name -> URL, which may end in "#sha256=" and the first digits of the file's SHA-256
-    keys    what has to be in it
-    InputError where it cannot be had.
+    source  a path, or a name in urls; anything else is returned as it is
+    urls    {name: (URL, first digits of the SHA-256)}: downloaded once, into torch.hub's folder
     """
     if not isinstance(source, (str, os.PathLike)):
         return source
-    path = os.fspath(source)
-    advice = ""
-    if path in urls:
-        url, _, sha256 = urls[path].partition("#sha256=")
-        name = path + os.path.splitext(url)[1]
-        path = os.path.join(torch.hub.get_dir(), "checkpoints", name)
-        advice = f"; delete it, and it is downloaded again from {url}"
-        if not os.path.exists(path):
-            download(url, path, sha256)
-    if not os.path.isfile(path):
-        known = f", and none of {', '.join(urls)}" if urls else ": give the path of one"
-        raise InputError(f"{path} is no file{known}")
-    options = {"map_location": "cpu", "weights_only": True, "mmap": zipfile.is_zipfile(path)}
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # SiT's files hold one
-            content = torch.load(path, **options)
-    except Exception as e:  # of any type, where the bytes are not torch's
-        raise InputError(f"{path} {load_failure(e)}{advice}") from e
-    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
-    if missing:
-        raise InputError(f"{path} is no file of the kind expected: it lacks {', '.join(missing)}")
-    return content
+    if source in urls:
+        url, sha256 = urls[source]
+        source = os.path.join(torch.hub.get_dir(), "checkpoints", source + os.path.splitext(url)[1])
+        if not os.path.exists(source):
+            os.makedirs(os.path.dirname(source), exist_ok=True)
+            torch.hub.download_url_to_file(url, source, hash_prefix=sha256)
+    elif urls and not os.path.exists(source):
+        raise FileNotFoundError(f"{source}: neither a file nor one of {', '.join(urls)}")
+    with torch.serialization.safe_globals([argparse.Namespace]):  # in SiT's files
+        mapped = zipfile.is_zipfile(source)
+        return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 def weights_of(content):
-    """What a file of weights holds -> {key: tensor}: the EMA weights where there are several sets,
-    without what DDP, torch.compile and AveragedModel add."""
-    if not isinstance(content, dict):
-        raise InputError(f"expected weights by name, not a {type(content).__name__}")
-    state = content
-    for name in ("state_dict", "model", "ema"):  # the last one in the file is taken
-        if isinstance(content.get(name), dict):
-            state = content[name]
+    """The content of a file -> {key: tensor}, without what DDP, torch.compile and AveragedModel
+    add to names. EMA weights are preferred over raw ones."""
+    state = content.get("ema", content.get("model", content.get("state_dict", content)))
     weights = {}
     for key, value in state.items():
         if torch.is_tensor(value) and key != "n_averaged":
-            key = key.replace("_orig_mod.", "")
-            while key.startswith("module."):
-                key = key.removeprefix("module.")
-            weights[key] = value
+            weights[key.replace("_orig_mod.", "").replace("module.", "")] = value
     return weights
 
 
 def load_into(weights, network, *args):
-    """-> network(*args) with these weights, in eval mode. InputError: keys or shapes differ."""
-    with torch.device("meta"):  # nothing is drawn or filled that is replaced at once
+    """-> network(*args) with these weights, in eval mode"""
+    with torch.device("meta"):  # nothing is drawn that is replaced at once
         model = network(*args)
-    wanted = model.state_dict()
-    wrong = []
-    for key in {**wanted, **weights}:
-        given = tuple(weights[key].shape) if key in weights else "missing"
-        expected = tuple(wanted[key].shape) if key in wanted else "none"
-        if given != expected:
-            wrong.append(f"{key} {given}, expected {expected}")
-    if wrong:
-        first = "; ".join(wrong[:3])
-        raise InputError(f"{len(wrong)} weights do not fit this {network.__name__}: {first}")
-    copies = {key: value.to(wanted[key].dtype, copy=True) for key, value in weights.items()}
-    model.load_state_dict(copies, assign=True)
+    model.to_empty(device="cpu").load_state_dict(weights)
     return model.eval()
-
-
-OFFICIAL_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # by hidden_size
-
-
-def check_official(weights, config):
-    """InputError where the weights may be of a network of which they do not tell everything."""
-    foreign = [key for key in weights if key.startswith(("memory_mean", "token_projection"))]
-    lightning = config.swiglu and config.rmsnorm and config.rope  # LightningDiT and GMem
-    if foreign:
-        why = foreign[0]
-    elif not (config.rope or config.qk_norm or config.hidden_size in OFFICIAL_HEADS):
-        why = f"the number of heads of hidden_size {config.hidden_size} is unknown"
-    elif not lightning and (config.memory_dim or not config.learn_sigma):
-        why = "neither SiT nor LightningDiT nor GMem"
-    else:
-        return
-    raise InputError(f"these are no official weights ({why}): load_sit needs config, see there")
 
 
 def official_config(weights):
@@ -667,73 +516,59 @@ def official_config(weights):
         return weights[key].shape[axis] if key in weights else 0
 
     hidden_size, in_channels, patch_size, _ = weights["x_embedder.proj.weight"].shape
-    head_dim = length("feat_rope.freqs_cos", 1) or length("blocks.0.attn.q_norm.weight")
-    heads = hidden_size // head_dim if head_dim else OFFICIAL_HEADS.get(hidden_size, 1)
     depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
-    inner = length("blocks.0.mlp.fc2.weight", axis=1)
-    swiglu = "blocks.0.mlp.w3.weight" in weights
-    if swiglu:
-        # its width is int(2/3 int(hidden_size mlp_ratio)): aim at the middle of what gives that
-        inner = length("blocks.0.mlp.w3.weight", axis=1) * 3 // 2 + 1
-    config = SiTConfig(
+    return SiTConfig(
         input_size=patch_size * math.isqrt(length("pos_embed", axis=1)),
         patch_size=patch_size,
         in_channels=in_channels,
         hidden_size=hidden_size,
         depth=depth,
-        num_heads=heads,
-        mlp_ratio=(inner + 0.5) / hidden_size,
+        num_heads=16 if hidden_size == 1152 else hidden_size // 64,
         memory_dim=length("condition_projection.linear.weight", axis=1),
         num_classes=max(0, length("y_embedder.embedding_table.weight") - 1),
         learn_sigma=length("final_layer.linear.bias") == 2 * in_channels * patch_size**2,
-        swiglu=swiglu,
+        swiglu="blocks.0.mlp.w12.weight" in weights,
         rmsnorm="blocks.0.norm1.weight" in weights,
         rope="feat_rope.freqs_cos" in weights,
         qk_norm="blocks.0.attn.q_norm.weight" in weights,
         align_dim=length("projector.0.4.bias"),
         align_depth=min(4, depth),
     )
-    check_official(weights, config)
-    return config
 
 
 def load_sit(source, config=None):
     """-> SiT of the EMA weights, in eval mode.
 
-    source  path of a file, what torch.load gives for it, or a state dict: this code's where it is
-            {"config": vars(model.config), "model": model.state_dict()}; official without "config"
-    config  SiTConfig, or its fields: needed with a state dict alone, if it is not official (it
-            does not tell predict_x, memory_scale and the like)
-    InputError where keys or shapes do not fit, or where config is needed.
+    source  a file, what torch.load gives for it, or a state dict: official, or of this code, then
+            with its config: {"config": vars(model.config), "model": model.state_dict()}
+    config  SiTConfig or its fields: needed for a state dict of this code without its config, which
+            does not tell predict_x, memory_scale and the like
     """
     content = load_file(source)
     weights = weights_of(content)
-    if config is None:
-        config = content.get("config")
-    try:
-        if isinstance(config, dict) and "model" not in config:  # "model": in official settings
-            config = SiTConfig(**config)
-        elif not isinstance(config, SiTConfig):
-            config = official_config(weights)
-    except (KeyError, TypeError) as e:
-        raise InputError(f"a checkpoint of no SiT, LightningDiT or GMem: {e}") from e
+    config = config or content.get("config")
+    if isinstance(config, dict) and "model" not in config:  # "model": in official settings
+        config = SiTConfig(**config)
+    if not isinstance(config, SiTConfig):
+        if "token_projection.weight" in weights or "memory_mean" in weights:
+            raise InputError("weights without their config: give load_sit config=")
+        config = official_config(weights)
     return load_into(weights, SiT, config)
 
 
 # ------------------------------------------------------------------------------------- autoencoders
 
-
-def group_norm(width):
-    return nn.GroupNorm(32, width, eps=1e-6)
+group_norm = partial(nn.GroupNorm, 32, eps=1e-6)
+conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)
 
 
 class ResnetBlock(nn.Module):
     def __init__(self, width_in, width):
         super().__init__()
         self.norm1 = group_norm(width_in)
-        self.conv1 = nn.Conv2d(width_in, width, 3, padding=1)
+        self.conv1 = conv3x3(width_in, width)
         self.norm2 = group_norm(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = conv3x3(width, width)
         self.nin_shortcut = nn.Identity() if width_in == width else nn.Conv2d(width_in, width, 1)
 
     def forward(self, x):
@@ -755,9 +590,7 @@ class AttnBlock(nn.Module):
 
     def forward(self, x):
         h = self.norm(x)
-        q = self.q(h).flatten(2).mT[:, None]  # (B, 1, H*W, width)
-        k = self.k(h).flatten(2).mT[:, None]
-        v = self.v(h).flatten(2).mT[:, None]
+        q, k, v = [f(h).flatten(2).mT[:, None] for f in (self.q, self.k, self.v)]  # (B, 1, H*W, h)
         h = F.scaled_dot_product_attention(q, k, v)
         return x + self.proj_out(h[:, 0].mT.reshape(x.shape))
 
@@ -767,19 +600,14 @@ class Level(nn.Module):
 
     def __init__(self, width_in, width, num_blocks, attention, downsample=False, upsample=False):
         super().__init__()
-        self.block = nn.ModuleList()
-        self.attn = nn.ModuleList()
-        for i in range(num_blocks):
-            self.block.append(ResnetBlock(width_in if i == 0 else width, width))
-            self.attn.append(AttnBlock(width) if attention else nn.Identity())
-        self.downsample = nn.Identity()
-        self.upsample = nn.Identity()
-        if downsample:  # padded at the right and below only
-            conv = nn.Conv2d(width, width, 3, stride=2)
-            self.downsample = named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv)
-        if upsample:
-            conv = nn.Conv2d(width, width, 3, padding=1)
-            self.upsample = named(enlarge=nn.Upsample(scale_factor=2), conv=conv)
+        attn = AttnBlock if attention else nn.Identity
+        widths_in = [width_in] + [width] * (num_blocks - 1)
+        self.block = nn.ModuleList([ResnetBlock(w, width) for w in widths_in])
+        self.attn = nn.ModuleList([attn(width) for _ in widths_in])
+        down = named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(width, width, 3, stride=2))
+        up = named(enlarge=nn.Upsample(scale_factor=2), conv=conv3x3(width, width))
+        self.downsample = down if downsample else nn.Identity()  # padded at right and below only
+        self.upsample = up if upsample else nn.Identity()
 
     def forward(self, x):
         for block, attn in zip(self.block, self.attn):
@@ -792,58 +620,43 @@ def middle(width):
     return named(block_1=first, attn_1=AttnBlock(width), block_2=ResnetBlock(width, width))
 
 
-def encoder(channels, widths, num_blocks, attention_levels):
-    """From the finest level to the coarsest, a chain."""
-    levels = nn.Sequential()
-    width_in = widths[0]
-    for i, width in enumerate(widths):
-        last = i == len(widths) - 1
-        attention = i in attention_levels
-        levels.append(Level(width_in, width, num_blocks, attention, downsample=not last))
-        width_in = width
-    return named(
-        conv_in=nn.Conv2d(3, widths[0], 3, padding=1),
-        down=levels,
-        mid=middle(width),
-        norm_out=group_norm(width),
-        act=nn.SiLU(),
-        conv_out=nn.Conv2d(width, 2 * channels, 3, padding=1),
-    )
-
-
-def decoder(channels, widths, num_blocks, attention_levels):
-    """From the coarsest level to the finest, a chain; levels are numbered as the encoder's."""
-    levels = nn.Sequential()
-    width_in = widths[-1]
-    for i in reversed(range(len(widths))):
-        level = Level(width_in, widths[i], num_blocks, i in attention_levels, upsample=i > 0)
-        levels.add_module(str(i), level)
-        width_in = widths[i]
-    return named(
-        conv_in=nn.Conv2d(channels, widths[-1], 3, padding=1),
-        mid=middle(widths[-1]),
-        up=levels,
-        norm_out=group_norm(width_in),
-        act=nn.SiLU(),
-        conv_out=nn.Conv2d(width_in, 3, 3, padding=1),
-    )
-
-
 class AutoencoderKL(nn.Module):
     """Images (B, 3, H, W) in [-1, 1] <-> latents (B, channels, H / factor, W / factor), unscaled.
-
     The default is sd-vae-ft-ema, f8d4 (arXiv 2112.10752). VA-VAE, f16d32 (arXiv 2501.01423), is
     AutoencoderKL(32, (128, 128, 256, 256, 512), attention_levels=(4,)).
     """
 
     def __init__(self, channels=4, widths=(128, 256, 512, 512), num_blocks=2, attention_levels=()):
         super().__init__()
+        last = len(widths) - 1
         self.channels = channels
-        self.factor = 2 ** (len(widths) - 1)
-        self.encoder = encoder(channels, widths, num_blocks, attention_levels)
-        self.decoder = decoder(channels, widths, num_blocks + 1, attention_levels)
+        self.factor = 2**last
+        down = []
+        up = []
+        for i, width in enumerate(widths):  # from the finest level to the coarsest
+            attention = i in attention_levels
+            finer = widths[max(i - 1, 0)]
+            coarser = widths[min(i + 1, last)]
+            down.append(Level(finer, width, num_blocks, attention, downsample=i < last))
+            up.append((str(i), Level(coarser, width, num_blocks + 1, attention, upsample=i > 0)))
+        self.encoder = named(
+            conv_in=conv3x3(3, widths[0]),
+            down=nn.Sequential(*down),
+            mid=middle(widths[-1]),
+            norm_out=group_norm(widths[-1]),
+            act=nn.SiLU(),
+            conv_out=conv3x3(widths[-1], 2 * channels),
+        )
         self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1)
         self.post_quant_conv = nn.Conv2d(channels, channels, 1)
+        self.decoder = named(
+            conv_in=conv3x3(channels, widths[-1]),
+            mid=middle(widths[-1]),
+            up=nn.Sequential(OrderedDict(reversed(up))),
+            norm_out=group_norm(widths[0]),
+            act=nn.SiLU(),
+            conv_out=conv3x3(widths[0], 3),
+        )
 
     def encode(self, x):
         """-> mean and log variance of the latents' distribution"""
@@ -854,14 +667,14 @@ class AutoencoderKL(nn.Module):
         return self.decoder(self.post_quant_conv(z))
 
 
-HUB = "https://huggingface.co"
-VAVAE = "vavae-imagenet256-f16d32-dinov2"
-AUTOENCODERS = {
-    "sd-vae-ft-ema": f"{HUB}/stabilityai/sd-vae-ft-ema/resolve/main/diffusion_pytorch_model.bin",
-    "vavae-f16d32": f"{HUB}/hustvl/{VAVAE}/resolve/main/{VAVAE}.pt",
+SD_VAE = "https://huggingface.co/stabilityai/sd-vae-ft-ema/resolve/main"
+VAVAE = "https://huggingface.co/hustvl/vavae-imagenet256-f16d32-dinov2/resolve/main"
+AUTOENCODERS = {  # with the SHA-256 that Hugging Face shows
+    "sd-vae-ft-ema": (f"{SD_VAE}/diffusion_pytorch_model.bin", "7c98ebcd7ca5cb69"),
+    "vavae-f16d32": (f"{VAVAE}/vavae-imagenet256-f16d32-dinov2.pt", "2088e07378d26047"),
 }
 # fmt: off
-DIFFUSERS_NAMES = {  # -> those of the LDM code, which are used here; replaced in this order
+DIFFUSERS_NAMES = {  # of weights -> those of LDM, which are used here; replaced in this order
     "down_blocks": "down", "downsamplers.0": "downsample", "upsamplers.0": "upsample",
     "resnets": "block", "mid_block.block.0": "mid.block_1", "mid_block.block.1": "mid.block_2",
     "attentions": "attn", "mid_block.attn.0": "mid.attn_1", "group_norm": "norm",
@@ -872,34 +685,23 @@ DIFFUSERS_NAMES = {  # -> those of the LDM code, which are used here; replaced i
 # fmt: on
 
 
-def ldm_key(key, levels):
-    """A key in the format of diffusers or LDM -> in the format of LDM."""
-    for i in range(levels):  # diffusers counts the decoder's levels from the coarsest
-        key = key.replace(f"up_blocks.{i}.", f"up.{levels - 1 - i}.")
-    for old, new in DIFFUSERS_NAMES.items():
-        key = key.replace(f".{old}.", f".{new}.")
-    return key
-
-
 def load_autoencoder(source):
-    """-> AutoencoderKL in eval mode. source: a name in AUTOENCODERS, a path or a state dict, with
-    the names of diffusers or LDM. InputError where names or shapes do not fit."""
+    """-> AutoencoderKL in eval mode. source: a name in AUTOENCODERS, a file or a state dict"""
     given = weights_of(load_file(source, AUTOENCODERS))
-    parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # others: of the training
-    given = {key: value for key, value in given.items() if key.startswith(parts)}
     downs = ("encoder.down.", "encoder.down_blocks.")
     levels = len({key.split(".")[2] for key in given if key.startswith(downs)})
     weights = {}
     for key, value in given.items():
-        key = ldm_key(key, levels)
+        for i in range(levels):  # diffusers counts the decoder's levels from the coarsest
+            key = key.replace(f"up_blocks.{i}.", f"up.{levels - 1 - i}.")
+        for old, new in DIFFUSERS_NAMES.items():
+            key = key.replace(f".{old}.", f".{new}.")
         if ".attn" in key and value.ndim == 2:  # linear in diffusers, a 1x1 convolution here
             value = value[:, :, None, None]
-        weights[key] = value
-    try:
-        channels = len(weights["post_quant_conv.bias"])
-        widths = [len(weights[f"encoder.down.{i}.block.0.conv1.bias"]) for i in range(levels)]
-    except KeyError as e:
-        raise InputError(f"weights of no autoencoder, as diffusers or LDM names them: {e}") from e
+        if key.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")):
+            weights[key] = value  # others are of the training
+    channels = len(weights["post_quant_conv.bias"])
+    widths = [len(weights[f"encoder.down.{i}.block.0.conv1.bias"]) for i in range(levels)]
     blocks = {key.split(".")[4] for key in weights if key.startswith("encoder.down.0.block.")}
     attention = [i for i in range(levels) if f"encoder.down.{i}.attn.0.q.bias" in weights]
     return load_into(weights, AutoencoderKL, channels, widths, len(blocks), attention)
@@ -908,42 +710,34 @@ def load_autoencoder(source):
 # ------------------------------------------------------------------------------------------- DINOv2
 
 
-class LayerScale(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(width))
-
-    def forward(self, x):
-        return self.gamma * x
-
-
 class DINOv2Block(nn.Module):
     def __init__(self, width):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, width // 64)
-        self.ls1 = LayerScale(width)
+        self.ls1 = nn.ParameterDict({"gamma": torch.ones(width)})
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         inner = 4 * width
         self.mlp = named(fc1=nn.Linear(width, inner), act=nn.GELU(), fc2=nn.Linear(inner, width))
-        self.ls2 = LayerScale(width)
+        self.ls2 = nn.ParameterDict({"gamma": torch.ones(width)})
 
     def forward(self, x):
-        x = x + self.ls1(self.attn(self.norm1(x)))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        x = x + self.ls1.gamma * self.attn(self.norm1(x))
+        return x + self.ls2.gamma * self.mlp(self.norm2(x))
 
 
 class DINOv2(nn.Module):
     """ViT with patches of 14 pixels and LayerScale (arXiv 2304.07193), with the official names.
 
     x (B, 3, H, W), multiples of 14, normalised -> class token (B, D), patch tokens
-    (B, H/14 * W/14, D), both after the last norm. The position table is resampled as in the
-    official GMem: bicubic, antialiased.
+    (B, H/14 * W/14, D), both after the last norm. The position table is resampled by bicubic
+    interpolation: antialiased as in the official GMem, or (hub_positions) as in torch.hub's DINOv2.
     """
 
-    def __init__(self, width=768, depth=12, grid=37):
+    def __init__(self, width=768, depth=12, grid=37, hub_positions=False):
         super().__init__()
         self.grid = grid  # the position table's height and width
+        self.hub_positions = hub_positions
         self.patch_embed = named(proj=nn.Conv2d(3, width, 14, stride=14))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid**2, width))
@@ -953,8 +747,12 @@ class DINOv2(nn.Module):
     def forward(self, x):
         patches = self.patch_embed(x)  # (B, D, H/14, W/14)
         table = self.pos_embed[:, 1:].mT.unflatten(2, (self.grid, self.grid))
-        if patches.shape[2:] != table.shape[2:]:
-            table = F.interpolate(table.float(), patches.shape[2:], mode="bicubic", antialias=True)
+        size = patches.shape[2:]
+        if self.hub_positions and size != table.shape[2:]:
+            scale = [(n + 0.1) / self.grid for n in size]
+            table = F.interpolate(table.float(), scale_factor=scale, mode="bicubic")
+        elif size != table.shape[2:]:
+            table = F.interpolate(table.float(), size, mode="bicubic", antialias=True)
         patches = (patches + table).flatten(2).mT
         first = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
         tokens = self.norm(self.blocks(torch.cat([first, patches], dim=1)))
@@ -962,26 +760,21 @@ class DINOv2(nn.Module):
 
 
 META = "https://dl.fbaipublicfiles.com/dinov2"
-# Meta publishes no hashes of them; these are what other projects have recorded
-DINOV2 = {
-    "dinov2_vits14": f"{META}/dinov2_vits14/dinov2_vits14_pretrain.pth#sha256=b938bf1bc15cd2ec",
-    "dinov2_vitb14": f"{META}/dinov2_vitb14/dinov2_vitb14_pretrain.pth#sha256=0b8b82f85de91b42",
-    "dinov2_vitl14": f"{META}/dinov2_vitl14/dinov2_vitl14_pretrain.pth#sha256=d5383ea8f4877b24",
+DINOV2 = {  # Meta publishes no SHA-256; these are what other projects have recorded
+    "dinov2_vits14": (f"{META}/dinov2_vits14/dinov2_vits14_pretrain.pth", "b938bf1bc15cd2ec"),
+    "dinov2_vitb14": (f"{META}/dinov2_vitb14/dinov2_vitb14_pretrain.pth", "0b8b82f85de91b42"),
+    "dinov2_vitl14": (f"{META}/dinov2_vitl14/dinov2_vitl14_pretrain.pth", "d5383ea8f4877b24"),
 }
 
 
-def load_dinov2(source):
-    """-> DINOv2 in eval mode. source: a name in DINOV2, a path or a state dict, with the official
-    names. InputError where names or shapes do not fit."""
+def load_dinov2(source, hub_positions=False):
+    """-> DINOv2 in eval mode. source: a name in DINOV2, a file or a state dict, official names"""
     weights = weights_of(load_file(source, DINOV2))
     weights.pop("mask_token", None)  # of its training
-    try:
-        width = weights["cls_token"].shape[2]
-        positions = weights["pos_embed"].shape[1]
-    except (KeyError, IndexError) as e:
-        raise InputError(f"weights of no DINOv2: {e}") from e
+    width = weights["cls_token"].shape[2]
     depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
-    return load_into(weights, DINOv2, width, depth, math.isqrt(positions - 1))
+    grid = math.isqrt(weights["pos_embed"].shape[1] - 1)
+    return load_into(weights, DINOv2, width, depth, grid, hub_positions)
 
 
 def dinov2_features(model, images):
@@ -992,3 +785,61 @@ def dinov2_features(model, images):
     size = 224 * max(1, images.shape[-1] // 256)
     x = (images / 255 - mean) / std
     return model(F.interpolate(x, (size, size), mode="bicubic"))
+
+
+# --------------------------------------------------------------------------- tokenizer and encoder
+
+
+class Pixels:
+    """No tokenizer: images (B, 3, H, W) in [-1, 1] <-> 0 .. 255, uint8 on disk."""
+
+    channels = 3
+    factor = 1
+    dtype = "uint8"
+
+    def encode(self, x):
+        return ((x + 1) * 127.5).round()
+
+    def decode(self, z, dtype="float32"):
+        return z / 127.5 - 1
+
+
+class Autoencoder:
+    """Images (B, 3, H, W) in [-1, 1] <-> latents (B, C, H / factor, W / factor), the means: float16
+    on disk, computed in float32 as in the official code. source: see load_autoencoder."""
+
+    dtype = "float16"
+
+    def __init__(self, source, device):
+        self.model = load_autoencoder(source).to(device).requires_grad_(False)
+        self.channels = self.model.channels
+        self.factor = self.model.factor
+
+    def encode(self, x):
+        return self.model.encode(x)[0]
+
+    def decode(self, z, dtype="float32"):
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            return self.model.decode(z.float()).float()
+
+
+def load_tokenizer(name, device):
+    """-> Pixels or Autoencoder. name: pixel, or a name or file of an autoencoder"""
+    return Pixels() if name == "pixel" else Autoencoder(name, device)
+
+
+def thumbnail(x):
+    """Images (B, 3, H, W) in [-1, 1] -> (B, 768): 16 x 16 pixels. No semantics, no weights."""
+    return F.interpolate(x, size=(16, 16), mode="bilinear", antialias=True).flatten(1)
+
+
+def load_encoder(name, device):
+    """-> f(images (B, 3, H, W) in [-1, 1]) -> features (B, D), patch tokens (B, T, D) or None
+
+    A snippet is the unit vector of the features: for name "thumbnail", 768 numbers in [-1, 1] in
+    the order 3 channels, 16 rows, 16 columns; for a name or file of a DINOv2, its class token.
+    """
+    if name == "thumbnail":
+        return lambda images: (thumbnail(images), None)
+    dinov2 = load_dinov2(name).to(device).requires_grad_(False)
+    return lambda images: dinov2_features(dinov2, (images + 1) * 127.5)

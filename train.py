@@ -2,14 +2,18 @@ r"""Trains GMem (arXiv 2412.08781): a flow-matching transformer, shown each imag
 
     python train.py                                        # the embedded glyphs, in minutes
     python train.py --data FOLDER --image-size 32 --out o  # any folder of images, prepared first
+    python train.py --data FOLDER --init o/ckpt.pt --out p # fine-tuning: a new bank, step 0
     torchrun --nproc_per_node=8 train.py --preset imagenet256-xl --data data/imagenet256 --out xl
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT train.py \
         --data PREPARED                                    # prepared first, on one node
 
-Writes OUT/ckpt.pt, log.jsonl, samples.png and samples-NNNNNNN.png (of the bank's snippets, by the
-EMA weights). With --resume it goes on where OUT/ckpt.pt ends, or begins if that file does not exist
-yet: one command for a scheduler that restarts jobs. SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1
-save first. A step whose loss or gradient is not finite changes nothing.
+Writes OUT/ckpt.pt and bank.pt, which sample.py needs, log.jsonl, samples.png and
+samples-NNNNNNN.png (by the EMA weights: above of the bank's snippets, below of new ones). With
+--resume it goes on where OUT/ckpt.pt ends, or begins if that file does not exist yet: one command
+for a scheduler that restarts jobs. SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1 save first, and
+the exit code is then 128 + the signal's number. A step whose loss or gradient is not finite changes
+nothing. One run per OUT.
+
 Randomness belongs to the micro-batch, (seed, step, index), never to the process: 1 process that
 accumulates 8 micro-batches and 8 processes with one each take the same steps, up to rounding.
 """
@@ -25,22 +29,28 @@ import time
 from dataclasses import asdict
 from functools import lru_cache
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import memory
-from memory import DATA_SETTINGS, InputError, in_range, on_first_process, rank_world
-from model import CONFIGS, SiT, SiTConfig, flow_loss, load_file
-from sample import TRAINING, decode, draw_rows, generate, mixed_seed, save_images
+import sample
+from memory import InputError, rank_world
+from model import CONFIGS, SiT, SiTConfig, flow_loss, load_file, load_sit, load_tokenizer
 
 # ----------------------------------------------------------------------------------------- settings
 
 MICRO_BATCH = 128  # images of a forward pass, at most, where --micro-batch is not given
 MICRO_TOKENS = 128 * 256  # tokens of a forward pass, at most: 32 images of 1,024
-GIVE_UP = 50  # consecutive skipped steps that end a run, at the next line of the log
+GIVE_UP = 50  # consecutive skipped steps that end a run
+CONDITIONS = ("memory", "class", "none")  # what the network is shown: a snippet, a label
+# settings that a prepared folder has decided, and those that a resumed run cannot change
+PREPARED = ("image_size", "tokenizer", "latent_stats", "encoder", "rank", "flip")
+NETWORK = ("model", "condition", "memory_scale", "memory_tokens", "align_depth")
 
 # The preset imagenet256-xl, from which the others differ. Sources are files of the official GMem;
 # "yaml" is its configs/gmem_sde_xl.yaml.
@@ -56,7 +66,7 @@ IMAGENET = {
     "batch_size": 1024,  # yaml: global_batch_size
     "lr": 2e-4,  # yaml
     "warmup": 1000,  # ours
-    "decay": (0, 0),  # engine/train.py: the learning rate is constant
+    "decay": [0, 0],  # engine/train.py: the learning rate is constant
     "align": 0.5,  # yaml: proj_loss_weight
     "t_mean": 0.0,  # transport/transport.py: sample_logit_normal(0, 1)
     "t_std": 1.0,
@@ -100,58 +110,113 @@ PRESETS = {
     },
 }
 
-positive = in_range(1e-9, kind=float)
-not_negative = in_range(0, kind=float)
+
+def make_parser():
+    """The flags, with the defaults of the run on glyphs"""
+    parser = argparse.ArgumentParser(
+        description="Trains GMem.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    flag = argparse.BooleanOptionalAction
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", default="glyphs", help="prepared folder, or images, for OUT/data")
+    memory.add_data_flags(group, image_size=32)
+
+    add = parser.add_argument_group("network").add_argument
+    add("--model", choices=CONFIGS, metavar="NAME", default="SiT-T/16", help="%(choices)s")
+    add("--condition", choices=CONDITIONS, default="memory", help="what the network is shown")
+    add("--memory-scale", default="unit", help="factor on snippets; unit: mean 0, variance 1")
+    add("--memory-tokens", action=flag, help="add the snippet to each token (by default in SiT-T)")
+    add("--mask-ratio", type=float, default=0.4, help="fraction of a snippet masked in training")
+    add("--zero-init", action=flag, default=True, help="adaLN and the last layer start at zero")
+    add("--align-depth", type=int, default=4, help="the block that --align compares with DINOv2")
+    add("--init", metavar="CKPT", help="begin with these weights (EMA), ours or official")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--steps", type=int, default=1300, help="training steps in all; --decay scales with it")
+    add("--batch-size", type=int, default=128, help="images of one step, over all processes")
+    add("--micro-batch", type=int, help="images of a forward pass, at most (128 if not given)")
+    add("--checkpointing", action=flag, default=False, help="recompute blocks: less memory, slower")
+    add("--lr", type=float, default=2e-3, help="peak learning rate of AdamW")
+    add("--beta2", type=float, default=0.95, help="decay rate of AdamW's second moments")
+    add("--warmup", type=int, default=50, help="steps of linear warm-up of the learning rate")
+    decay_help = "the learning rate falls to 0 from step A to B; 0 0: it does not"
+    add("--decay", type=int, nargs=2, default=[750, 1300], metavar=("A", "B"), help=decay_help)
+    add("--clip", type=float, default=1.0, help="largest norm of the gradient, which is scaled")
+    add("--ema", type=float, default=0.9999, help="decay rate of the average of the weights (EMA)")
+    add(
+        "--ema-ramp", action=flag, default=True, help="the rate is at most (1 + step) / (10 + step)"
+    )
+    add("--cond-drop-prob", type=float, default=0.1, help="fraction shown the null condition")
+    add("--align", type=float, default=0.0, help="weight of REPA's loss; needs --encoder dinov2_*")
+    add("--t-mean", type=float, default=-0.8, help="mean of the logit of t (official GMem: 0)")
+    add(
+        "--t-std",
+        type=float,
+        default=0.8,
+        help="standard deviation of the logit of t (official: 1)",
+    )
+    add("--seed", type=int, default=0, help="seed of weights, order of images, noise and masks")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--preset", choices=PRESETS, default="glyphs", help="defaults of a known run")
+    add("--out", default="out", help="folder of all that is written")
+    add("--resume", action=flag, default=False, help="go on at OUT/ckpt.pt, if there is one")
+    add("--save-every", type=int, default=325, help="steps between checkpoints; the last one stays")
+    add("--keep-every", type=int, help="steps between EMA weights kept as OUT/ema-NNNNNNN.pt")
+    preview_help = "with each checkpoint OUT/samples.png: bank's snippets above, new ones below"
+    add("--preview", action=flag, default=True, help=preview_help)
+    add("--log-every", type=int, default=50, help="steps between lines of OUT/log.jsonl")
+    add("--device", help="cuda, mps or cpu; the best there is if not given")
+    add("--dtype", choices=("bfloat16", "float32"), help="of the network; bfloat16 on CUDA")
+    add("--compile", action=flag, help="compile the network by torch.compile; by default on CUDA")
+    return parser
 
 
-def scale(text):
-    return text if text == "unit" else positive(text)
+def read_settings():
+    """-> args: the defaults, then the preset, the checkpoint, the prepared folder, then the flags;
+    the checkpoint that the run goes on from, or None"""
+    parser = make_parser()
+    parser.set_defaults(**PRESETS[parser.parse_args().preset])
+    args = parser.parse_args()
+    path = f"{args.out}/ckpt.pt"
+    checkpoint = None
+    was = {}
+    if os.path.exists(path) and not args.resume:
+        raise InputError(f"{path} exists: --resume goes on with it, --out DIR begins elsewhere")
+    if os.path.exists(path):
+        checkpoint = load_file(path)
+        for name, value in checkpoint["settings"].items():
+            if name in args and name not in ("data", "out", "device", "resume"):
+                was[name] = value
+        moved = os.path.exists(f"{args.out}/data/meta.json")  # with the run
+        data = f"{args.out}/data" if moved else checkpoint["settings"]["data"]
+        parser.set_defaults(**was, data=data)
+    elif args.resume:
+        say(f"--resume: {path} does not exist, the run begins at step 0")
+
+    args = parser.parse_args()
+    if os.path.exists(f"{args.data}/meta.json"):
+        made = json.loads(Path(args.data, "meta.json").read_text())["settings"]
+        made = {name: made[name] for name in PREPARED}
+        parser.set_defaults(**made)
+        args = parser.parse_args()
+        asked = {name: getattr(args, name) for name in PREPARED}
+        memory.refuse_differences(made, asked, f"{args.data} was prepared")
+    beneath = parser.parse_args([])
+    if args.steps != beneath.steps and args.decay == beneath.decay:
+        args.decay = [step * args.steps // beneath.steps for step in args.decay]
+    for name, value in was.items():
+        now = getattr(args, name)
+        if str(now) != str(value) and name in NETWORK:
+            raise InputError(f"{path} is another network: its {name} is {value}, not {now}")
+        if str(now) != str(value):
+            say(f"resumed with {name} {now}, was {value}")
+    return args, checkpoint
 
 
-fraction = in_range(0, 1, float)
-any_number = in_range(-1e9, kind=float)
-steps_from_to = {"type": in_range(0), "nargs": 2, "metavar": ("A", "B")}
-CONDITIONS = ("memory", "class", "none")
-# name: (default, type, help)
-SETTINGS = {
-    "data": ("glyphs", str, "prepared folder, or images, which are prepared into OUT/data"),
-    **DATA_SETTINGS,
-    "image_size": (32, in_range(1), "height and width that images are cropped to"),
-    "model": ("SiT-T/16", tuple(CONFIGS), "network"),
-    "condition": ("memory", CONDITIONS, "what the network sees: a snippet, a label, or nothing"),
-    "memory_scale": ("unit", scale, "factor on snippets; unit: centred, scaled to unit variance"),
-    "memory_tokens": (None, bool, "add the snippet to each token too (default: in SiT-T)"),
-    "mask_ratio": (0.4, fraction, "fraction of each snippet's entries masked in training"),
-    "zero_init": (True, bool, "adaLN and the last layer start at zero (official GMem: no)"),
-    "align_depth": (4, in_range(1), "number of the block that --align compares with DINOv2"),
-    "steps": (1300, in_range(1), "training steps in all; without --resume --decay scales with it"),
-    "batch_size": (128, in_range(1), "images of one step, over all processes"),
-    "micro_batch": (None, in_range(1), "images of a forward pass (default: up to 128)"),
-    "lr": (2e-3, positive, "peak learning rate of AdamW"),
-    "beta2": (0.95, fraction, "decay rate of AdamW's second moments"),
-    "warmup": (50, in_range(0), "steps of linear warm-up of the learning rate"),
-    "decay": ((750, 1300), steps_from_to, "the rate falls to 0 from step A to B; 0 0: never"),
-    "clip": (1.0, positive, "largest gradient norm; larger gradients are scaled down to it"),
-    "ema": (0.9999, fraction, "decay rate of the moving average of the weights (EMA)"),
-    "ema_ramp": (True, bool, "the EMA's decay rate is at most (1 + step) / (10 + step)"),
-    "cond_drop_prob": (0.1, fraction, "fraction of images shown with the null condition"),
-    "align": (0.0, not_negative, "weight of REPA's alignment loss; needs --encoder dinov2_*"),
-    "t_mean": (-0.8, any_number, "mean of the logit of the times t (official GMem: 0)"),
-    "t_std": (0.8, positive, "standard deviation of the logit of t (official GMem: 1)"),
-    "seed": (0, in_range(0, 2**63), "seed of initial weights, order of images, noise and masks"),
-    "preset": ("glyphs", tuple(PRESETS), "defaults of a known run, which other flags replace"),
-    "out": ("out", str, "folder of all that is written"),
-    "resume": (False, bool, "go on where OUT/ckpt.pt ends, or begin if it does not exist"),
-    "save_every": (325, in_range(1), "steps between checkpoints, each of which replaces the last"),
-    "keep_every": (None, in_range(1), "steps between EMA weights kept as OUT/ema-NNNNNNN.pt"),
-    "preview": (True, bool, "write OUT/samples.png with each checkpoint"),
-    "log_every": (50, in_range(1), "steps between lines of OUT/log.jsonl"),
-    "device": (None, str, "device: cuda, mps or cpu (default: the best available)"),
-    "dtype": (None, ("bfloat16", "float32"), "dtype of the network, by default bfloat16 on CUDA"),
-    "compile": (None, bool, "compile the network by torch.compile (default: on CUDA)"),
-}
-# the first setting of each group of --help
-GROUPS = {"data": "data", "model": "network", "steps": "optimisation", "preset": "run"}
+def say(text):
+    if rank_world()[0] == 0:
+        tqdm.write(text, file=sys.stderr)
 
 
 # --------------------------------------------------------------------------------------------- data
@@ -169,25 +234,21 @@ class Loader:
         self.seed = seed
         self.device = device
         self.folder = folder
-        self.meta = memory.read_json(os.path.join(folder, "meta.json"))
-        self.bank = memory.MemoryBank.load(os.path.join(folder, "bank.pt"))
-        self.latents = memory.load_array(os.path.join(folder, "latents.npy"))
-        labels = memory.load_array(os.path.join(folder, "labels.npy"))
-        N = len(self.latents)
-        if self.bank.id != self.meta["bank"] or not N == len(labels) == len(self.bank):
-            raise InputError(f"{folder}: latents, labels and bank are not those of one preparation")
-        self.arrays = [self.latents, labels, self.bank.coef, self.bank.scale]
-        self.patches = None
+        self.meta = json.loads(Path(folder, "meta.json").read_text())
+        self.bank = memory.MemoryBank.load(f"{folder}/bank.pt")
+        self.arrays = {"coef": self.bank.coef.numpy(), "scale": self.bank.scale.numpy()}
+        names = ["latents", "labels"]
         if patches:
             # patches.pt: a basis fitted to a sample of the tokens; patches.npy: all, in that basis
-            self.patches = memory.MemoryBank.load(os.path.join(folder, "patches.pt"))
-            for name in ("patches.npy", "patch_scales.npy"):
-                self.arrays.append(memory.load_array(os.path.join(folder, name)))
+            self.patch_bank = memory.MemoryBank.load(f"{folder}/patches.pt")
+            names += ["patches", "patch_scales"]
+        for name in names:
+            self.arrays[name] = np.load(f"{folder}/{name}.npy", mmap_mode="r")
         self.stats = memory.stats_tensor(self.meta, device)
 
     def rows(self, start, size):
         """Row numbers at positions start .. start + size - 1; sorted, as these reads are faster."""
-        N = len(self.latents)
+        N = len(self.bank)
         stop = start + size
         parts = []
         for epoch in range(start // N, -(-stop // N)):
@@ -198,24 +259,24 @@ class Loader:
     def read(self, start):
         rows = self.rows(start, self.size)
         # numpy only: torch in a second thread would take the cores from the first
-        batch = [torch.from_numpy(np.asarray(array[rows])) for array in self.arrays]
+        batch = {name: torch.from_numpy(array[rows]) for name, array in self.arrays.items()}
         if self.device.type == "cuda":
-            batch = [part.pin_memory() for part in batch]
+            batch = {name: part.pin_memory() for name, part in batch.items()}
         return batch
 
-    def begin(self, starts, size):
-        """next_batch will give batches of this size, from these places in the stream of epochs."""
+    def batches(self, starts, size):
+        """Yields, for each place in the stream of epochs, x (B, C, h, w) as the network sees it,
+        s (B, D), y (B,), patch tokens or None."""
         self.size = size
-        self.batches = memory.ahead(self.read, starts)
-
-    def next_batch(self):
-        """-> x (B, C, h, w) as the network sees it, s (B, D), y (B,), patch tokens or None"""
-        batch = [part.to(self.device, non_blocking=True) for part in next(self.batches)]
-        latents, y, coef, scale, *patches = batch
-        x = memory.normalize_latents(latents, self.stats)
-        s = self.bank.unpack(coef, scale)
-        targets = self.patches.unpack(*patches) if patches else None
-        return x, s, y, targets
+        for batch in memory.ahead(self.read, starts):
+            batch = {name: part.to(self.device, non_blocking=True) for name, part in batch.items()}
+            x = memory.normalize_latents(batch["latents"], self.stats)
+            s = self.bank.decode(batch["coef"].float() * batch["scale"][:, None])
+            targets = None
+            if "patches" in batch:
+                c = batch["patches"].float() * batch["patch_scales"][..., None]
+                targets = self.patch_bank.decode(c)
+            yield x, s, batch["labels"], targets
 
 
 # ----------------------------------------------------------------------------------------- training
@@ -232,27 +293,21 @@ def learning_rate(step, args):
 class Trainer:
     """The network, its EMA, its optimizer, and counters."""
 
-    def __init__(self, args, config, loader, device):
+    def __init__(self, args, model, meta, device):
         self.args = args
-        self.config = config
+        self.meta = meta
         self.device = device
         self.dtype = args.dtype or memory.default_dtype(device)  # of the forward pass
-        torch.manual_seed(args.seed)
-        self.model = SiT(config).to(device)
-        if config.memory_center:
-            self.model.memory_mean.copy_(torch.tensor(loader.bank.mean))
+        self.model = model.train().to(device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.parameters = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(
             self.parameters, args.lr, betas=(0.9, args.beta2), weight_decay=0, fused=True
         )
         self.step = 0
-        self.logged = 0  # bytes of log.jsonl
-        self.zero = torch.zeros((), device=device)
-        self.skipped = self.zero.clone()  # steps without a finite loss and gradient
-        self.consecutive_skips = self.zero.clone()
-        self.loss_sum = self.zero.clone()  # since the last line of the log
-        self.finite_steps = self.zero.clone()
+        self.skipped = 0  # steps without a finite loss and gradient
+        self.consecutive_skips = 0
+        self.losses = []  # of the finite steps since the last line of the log
 
     def load(self, checkpoint):
         self.model.load_state_dict(checkpoint["model"])
@@ -260,112 +315,101 @@ class Trainer:
         # a copy: the optimizer would keep the file mapped, which is soon replaced
         self.optimizer.load_state_dict(copy.deepcopy(checkpoint["optimizer"]))
         self.step = checkpoint["step"]
-        self.logged = checkpoint["logged"]
-        self.skipped += checkpoint["skipped"]
+        self.skipped = checkpoint["skipped"]
 
-    def save(self, loader, micro_batch, name="ckpt.pt", ema_only=False):
+    def save(self, name="ckpt.pt", ema_only=False):
         """Writes OUT/name: what sample.py needs and, without ema_only, what --resume needs."""
-        bank = os.path.realpath(os.path.join(loader.folder, "bank.pt"))
         checkpoint = {
             "step": self.step,
             "ema": self.ema.state_dict(),
-            "config": asdict(self.config),
-            "meta": loader.meta,
-            "bank": os.path.relpath(bank, os.path.realpath(self.args.out)),
+            "config": asdict(self.model.config),
+            "meta": self.meta,
+            "settings": vars(self.args),
         }
         if not ema_only:
             checkpoint["model"] = self.model.state_dict()
             checkpoint["optimizer"] = self.optimizer.state_dict()
-            checkpoint["skipped"] = int(self.skipped)
-            checkpoint["logged"] = self.logged
-            checkpoint["settings"] = vars(self.args)
-            checkpoint["micro_batch"] = micro_batch
-        with memory.atomic_write(os.path.join(self.args.out, name)) as temporary:
-            torch.save(checkpoint, temporary)
+            checkpoint["skipped"] = self.skipped
+        with memory.atomic_write(f"{self.args.out}/{name}") as file:
+            torch.save(checkpoint, file)
 
     @torch.no_grad()
     def update(self, loss):
         """One step by the gradients of the last backward pass -> gradient norm. Where the loss or
-        the norm is not finite, nothing changes. The device is not waited for."""
+        the norm is not finite, on all processes, nothing changes."""
         self.optimizer.param_groups[0]["lr"] = learning_rate(self.step, self.args)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.args.clip)
-        finite = torch.isfinite(loss + norm)  # the same on all processes
-        # as GradScaler does: with found_inf set, fused AdamW changes nothing; on Apple's GPUs it
-        # ignores found_inf (pytorch/pytorch#186360): there the loss is waited for
-        self.optimizer.found_inf = (~finite).float()
-        if self.device.type != "mps" or finite:
+        if torch.isfinite(loss + norm):
             self.optimizer.step()
+            decay = self.args.ema
+            if self.args.ema_ramp:
+                decay = min(decay, (1 + self.step) / (10 + self.step))
+            torch._foreach_lerp_(list(self.ema.parameters()), self.parameters, 1 - decay)
+            self.losses.append(loss.item())
+            self.consecutive_skips = 0
+        else:
+            self.skipped += 1
+            self.consecutive_skips += 1
         self.optimizer.zero_grad()
-        self.update_ema(finite)
-        self.count(loss, finite)
+        self.step += 1
         return norm
 
-    def update_ema(self, finite):
-        """ema = decay ema + (1 - decay) model; finite: a tensor, 0 (nothing changes) or 1"""
-        decay = self.args.ema
-        if self.args.ema_ramp:
-            decay = min(decay, (1 + self.step) / (10 + self.step))
-        weights = [(1 - decay) * finite] * len(self.parameters)
-        torch._foreach_lerp_(list(self.ema.parameters()), self.parameters, weights)
-
-    def count(self, loss, finite):
-        self.step += 1
-        self.skipped += ~finite
-        self.consecutive_skips = (self.consecutive_skips + 1) * ~finite
-        self.loss_sum += torch.where(finite, loss, 0)
-        self.finite_steps += finite
-
-    def report(self, norm, seconds, steps):
-        """-> a line for the log: the mean loss of the last steps, which took `seconds` in all"""
-        loss = self.loss_sum / self.finite_steps
-        self.loss_sum = self.zero.clone()
-        self.finite_steps = self.zero.clone()
-        return {
+    def log(self, norm, seconds):
+        """Appends a line about the steps since the last one, which took `seconds`, to log.jsonl."""
+        line = {
             "step": self.step,
-            "loss": rounded(loss),
-            "grad_norm": rounded(norm),
+            "loss": round(float(np.mean(self.losses)), 5) if self.losses else None,
+            "grad_norm": round(norm.item(), 5) if norm.isfinite() else None,
             "lr": learning_rate(self.step - 1, self.args),
             "seconds": round(seconds, 2),
-            "images_per_s": round(self.args.batch_size * steps / seconds, 1),
-            "skipped": int(self.skipped),
+            "skipped": self.skipped,
         }
+        self.losses = []
+        try:
+            with open(f"{self.args.out}/log.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as e:  # such as a full disk: the checkpoint matters more
+            say(f"warning: the log cannot be written: {e}")
+        return line
 
 
-def rounded(number):
-    """None where it is not finite: JSON has no NaN."""
-    return round(number.item(), 5) if number.isfinite() else None
+def note_signals():
+    """-> a list, empty until SIGTERM, SIGINT, SIGHUP or SIGUSR1 comes, then with its number. A
+    signal that is ignored, as SIGHUP is under nohup, stays ignored."""
+    signals = []
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
+        number = getattr(signal, name, None)  # Windows has the first two
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: signals.append(number))
+    return signals
 
 
-def micro_batch_starts(trainer, micro_batch, indices):
+def starts(args, first_step, indices):
     """Where the micro-batches of one process begin, in the endless stream of epochs."""
-    for step in range(trainer.step, trainer.args.steps):
+    for step in range(first_step, args.steps):
         for m in indices:
-            yield step * trainer.args.batch_size + m * micro_batch
+            yield step * args.batch_size + m * args.micro_batch
 
 
-def train(trainer, net, loader, micro_batch, accumulate, tokenizer):
-    """The loop; net is trainer.model, compiled and distributed where that is wanted. Returns at the
-    end of the training, or after a signal, with everything saved."""
+def train(trainer, net, loader, accumulate, tokenizer):
+    """The loop; net is trainer.model, compiled and distributed where that is wanted. Returns 0 at
+    the end of the training, or the number of a signal, with everything saved."""
     args = trainer.args
     device = loader.device
     process, num_processes = rank_world()
     # process r computes the micro-batches r, r + num_processes, .. of every step
     indices = range(process, accumulate * num_processes, num_processes)
-    loader.begin(micro_batch_starts(trainer, micro_batch, indices), micro_batch)
-    log = os.path.join(args.out, "log.jsonl")
-    if process == 0:
-        with open(log, "a") as file:  # a run that was cut off may have logged more than it saved
-            file.truncate(min(file.tell(), trainer.logged))
+    batches = loader.batches(starts(args, trainer.step, indices), args.micro_batch)
     signals = note_signals()
-    steps = range(trainer.step, args.steps)
-    bar = tqdm(steps, "training", args.steps, initial=steps.start, unit="step", disable=process > 0)
-    last_line = trainer.step
-    t0 = time.time()
-    for step in bar:
+    bar = memory.progress(desc="training", total=args.steps, initial=trainer.step, unit="step")
+    skipped = trainer.skipped
+    stop = 0
+    began = time.perf_counter()
+    while trainer.step < args.steps and not stop:
         loss = torch.zeros((), device=device)
         for m in indices:
-            x, s, y, targets = loader.next_batch()
-            torch.manual_seed(mixed_seed(TRAINING, args.seed, step, m))
+            x, s, y, targets = next(batches)
+            torch.manual_seed(sample.mixed_seed(sample.TRAINING, args.seed, trainer.step, m))
             if num_processes > 1:  # gradients are exchanged in the last micro-batch only
                 net.require_backward_grad_sync = m == indices[-1]
             with torch.autocast(device.type, torch.bfloat16, enabled=trainer.dtype == "bfloat16"):
@@ -376,225 +420,122 @@ def train(trainer, net, loader, micro_batch, accumulate, tokenizer):
             loss += part.detach() / accumulate
         memory.all_reduce(loss)
         norm = trainer.update(loss / num_processes)
+        bar.update()
 
-        stop = torch.tensor(float(len(signals) > 0))
-        memory.all_reduce(stop)  # on the CPU: the GPU is not waited for
-        last = trainer.step == args.steps or stop > 0
-        if last or trainer.step % args.log_every == 0:
-            line = trainer.report(norm, time.time() - t0, trainer.step - last_line)
-            bar.set_postfix(loss=line["loss"], images_per_s=line["images_per_s"])
-            if process == 0:
-                with open(log, "a") as file:
-                    file.write(json.dumps(line) + "\n")
-                    trainer.logged = file.tell()
-            if trainer.consecutive_skips >= GIVE_UP:
-                what = f"no finite loss or gradient in {GIVE_UP} steps, to {trainer.step:,}"
-                sys.exit(f"train.py: error: {what}; ckpt.pt is kept; a lower --lr may help")
-            last_line = trainer.step
-            t0 = time.time()
-        began = time.time()
-        if last or trainer.step % args.save_every == 0:
-            on_first_process(trainer.save, loader, micro_batch)
+        signal_number = torch.tensor(signals[0] if signals else 0)
+        memory.all_reduce(signal_number, dist.ReduceOp.MAX)
+        stop = int(signal_number)
+        last = stop or trainer.step == args.steps
+        if process == 0 and (last or trainer.step % args.log_every == 0):
+            line = trainer.log(norm, time.perf_counter() - began)
+            bar.set_postfix(loss=line["loss"])
+            if trainer.skipped > skipped:
+                say(
+                    f"warning: {trainer.skipped - skipped} steps skipped: loss or gradient is not finite"
+                )
+            skipped = trainer.skipped
+            began = time.perf_counter()
+        if trainer.consecutive_skips >= GIVE_UP:
+            raise InputError(f"{GIVE_UP} steps without a finite loss: try a lower --lr")
+        if process == 0 and (last or trainer.step % args.save_every == 0):
+            trainer.save()
             if args.preview and not stop:
-                on_first_process(preview, trainer, loader, tokenizer)
-        if args.keep_every is not None and trainer.step % args.keep_every == 0:
-            on_first_process(trainer.save, loader, micro_batch, f"ema-{trainer.step:07d}.pt", True)
-        t0 += time.time() - began  # saving is not training time
-        if stop:
-            break
+                preview(trainer, loader.bank, tokenizer)
+        if process == 0 and args.keep_every and trainer.step % args.keep_every == 0:
+            trainer.save(f"ema-{trainer.step:07d}.pt", ema_only=True)
+        memory.barrier()
+    bar.close()
+    return stop
 
 
-# ======================================= end of the core ==========================================
-
-
-def note_signals():
-    """-> a list, empty until SIGTERM, SIGINT, SIGHUP or SIGUSR1 comes, then with the time of it.
-
-    A second one ends the process, but not within 2 s: torchrun passes on what a scheduler has sent
-    to all processes. A signal that is ignored, as SIGHUP is under nohup, stays ignored."""
-    times = []
-
-    def note(number, frame):
-        if not times:
-            times.append(time.time())
-        elif time.time() > times[0] + 2:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-
-    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
-        number = getattr(signal, name, None)  # Windows has the first two
-        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, note)
-    return times
-
-
-def preview(trainer, loader, tokenizer):
-    """Writes samples.png, by the EMA weights, always of the same noise and snippets."""
-    out = os.path.join(trainer.args.out, "samples")
-    config = trainer.config
+def preview(trainer, bank, tokenizer):
+    """Writes samples.png, by the EMA weights, always of the same noise and snippets: 32 images of
+    the bank's snippets, below them 32 of new snippets around these."""
+    config = trainer.model.config
+    ids = range(64)
     s = None
     y = None
-    if config.memory_dim:
-        s = loader.bank[draw_rows(range(64), 0, len(loader.bank))]
-    if config.num_classes:
-        y = draw_rows(range(64), 0, config.num_classes)
-    x = generate(trainer.ema, range(64), s, y, dtype=trainer.dtype)
-    images = decode(x, loader.meta, tokenizer)  # uint8 (64, H, W, 3)
-    save_images(images, f"{out}-{trainer.step:07d}.png")
-    save_images(images, f"{out}.png")
+    try:
+        if config.memory_dim:
+            rows = sample.draw_rows(range(32), 0, len(bank))
+            s = torch.cat([bank[rows], sample.new_snippets(bank, rows, range(32))])
+        if config.num_classes:
+            y = sample.draw_rows(ids, 0, config.num_classes)
+        x = sample.generate(trainer.ema, ids, s, y, dtype=trainer.dtype)
+        images = sample.decode(x, trainer.meta, tokenizer)  # uint8 (64, H, W, 3)
+        for name in (f"samples-{trainer.step:07d}.png", "samples.png"):
+            sample.save_images(images, f"{trainer.args.out}/{name}")
+    except Exception as e:  # noqa: BLE001 - whatever it is, the training goes on
+        say(f"warning: no preview: {type(e).__name__}: {e}")
 
 
-# what a resumed run cannot change
-FIXED = ["preset", "image_size", "model", "condition", "batch_size", "seed", "mask_ratio"]
-FIXED += ["align", "memory_scale", "memory_tokens", "zero_init", "align_depth", "beta2"]
+# ------------------------------------------------------------------------------- a run, step by step
 
 
-def merge_settings(given):
-    """Defaults, then the preset, then (with --resume) the checkpoint, then the flags
-    -> args; the checkpoint that the run goes on from, or None"""
-    settings = {**memory.defaults(SETTINGS), **PRESETS[given.get("preset", "glyphs")]}
-    out = given.get("out", settings["out"])
-    path = os.path.join(out, "ckpt.pt")
-    checkpoint = None
-    if os.path.exists(path) and not given.get("resume"):
-        raise InputError(f"{path} exists: --resume goes on with it, --out DIR begins elsewhere")
-    if os.path.exists(path):
-        checkpoint = load_file(path, keys=("model", "optimizer", "settings"))
-        was = checkpoint["settings"]
-        if set(was) != set(SETTINGS):
-            raise InputError(f"{path} is by a train.py of other settings: go on with that one")
-        asked = {name: given.get(name, was[name]) for name in FIXED}
-        differ = memory.differences(asked, {name: was[name] for name in FIXED})
-        if differ:
-            raise InputError(f"{path} cannot go on with {differ}: drop it, or name another --out")
-        settings = {**was, "out": out, "device": None}
-    elif "steps" in given:  # the preset's decay, for a run of this length
-        scaled = [step * given["steps"] // settings["steps"] for step in settings["decay"]]
-        settings["decay"] = tuple(scaled)
-    args = argparse.Namespace(**{**settings, **given})
-    a, b = args.decay
-    if b > 0 and (a >= b or b < args.steps):
-        raise InputError(
-            f"the learning rate falls to 0 from step {a} to {b}, but --steps is {args.steps}: "
-            "give --decay A B with A < B and B >= --steps, or 0 0"
-        )
-    return args, checkpoint
-
-
-# what a prepared folder has decided
-PREPARED = ("image_size", "tokenizer", "latent_stats", "encoder", "rank", "flip")
-# what has to be the same when a run goes on; where it is does not matter
-CONTENT = ("bank", "images", "classes", "latent", "mean", "std")
-
-
-def is_prepared(folder):
-    return os.path.exists(os.path.join(folder, "meta.json"))
-
-
-def base_names(settings):
-    """Settings without the folders of files, which may move."""
-    return {name: os.path.basename(str(value)) for name, value in settings.items()}
-
-
-def prepared_folder(args, given, checkpoint, device):
-    """-> the prepared folder of a run: --data, or OUT/data, which is prepared now if need be"""
-    folder = args.data
-    if checkpoint is not None and "data" not in given:
-        with_run = os.path.join(args.out, os.path.dirname(checkpoint["bank"]))
-        if is_prepared(with_run):  # it moved with the run
-            folder = with_run
-        if not is_prepared(folder):
-            raise InputError(f"the data of this run are not in {folder}: give --data, their place")
-    if not is_prepared(folder):
-        folder = os.path.join(args.out, "data")
-        patch_size = CONFIGS[args.model]["patch_size"]
-        if args.tokenizer == "pixel" and args.image_size % patch_size != 0:
-            size = f"--image-size {args.image_size}"
-            raise InputError(f"{size} is no multiple of {patch_size}, {args.model}'s patch")
-        options = {name: getattr(args, name) for name in DATA_SETTINGS}
-        memory.prepare(args.data, folder, device, patches=args.align > 0, **options)
-
-    meta = memory.read_json(os.path.join(folder, "meta.json"))
-    made = {name: meta["settings"][name] for name in PREPARED}
-    asked = {**PRESETS[args.preset], **given} if checkpoint is None else given
-    asked = {name: asked[name] for name in PREPARED if name in asked}
-    differ = memory.differences(base_names(made), base_names(asked))
-    if differ:
-        raise InputError(f"{folder} was prepared with {differ}")
-    if checkpoint is not None:
-        differ = ", ".join(key for key in CONTENT if meta[key] != checkpoint["meta"][key])
-        if differ:
-            raise InputError(f"{folder} is not what the run was begun with: other {differ}")
-    vars(args).update({**made, **asked, "data": os.path.abspath(folder)})
-    return folder
-
-
-def new_config(args, loader):
-    """The SiTConfig of a new run on these data"""
-    bank = loader.bank
+def new_model(args, loader):
+    """-> the network of a new run on these data, with random weights or those of --init"""
+    initial = None if args.init is None else load_sit(args.init)
+    settings = dict(CONFIGS[args.model]) if initial is None else asdict(initial.config)
     in_channels, input_size, _ = loader.meta["latent"]
-    config = {
-        **CONFIGS[args.model],
-        "input_size": input_size,
-        "in_channels": in_channels,
-        "mask_ratio": args.mask_ratio,
-        "zero_init": args.zero_init,
-    }
+    settings.update(input_size=input_size, in_channels=in_channels, mask_ratio=args.mask_ratio)
+    settings.update(zero_init=args.zero_init, memory_dim=0, num_classes=0, align_dim=0)
     if args.memory_tokens is not None:
-        config["memory_tokens"] = args.memory_tokens
+        settings["memory_tokens"] = args.memory_tokens
     if args.condition == "memory":
-        config["memory_dim"] = bank.dim
-        config["memory_scale"] = args.memory_scale
-        if args.memory_scale == "unit":
-            some = bank[np.linspace(0, len(bank) - 1, min(len(bank), 10_000)).astype(int)]
-            deviation = (some - torch.tensor(bank.mean)).square().mean().sqrt().item()
-            config["memory_center"] = True
-            config["memory_scale"] = 1 / max(deviation, 1e-6)
+        settings["memory_dim"] = loader.bank.dim
     if args.condition == "class":
-        config["num_classes"] = len(loader.meta["classes"])
-        if not config["num_classes"]:
+        settings["num_classes"] = len(loader.meta["classes"])
+        if not loader.meta["classes"]:
             raise InputError(f"{args.data} has no labels (class sub-folders) for --condition class")
     if args.align > 0:
-        config["align_dim"] = loader.patches.dim
-        config["align_depth"] = args.align_depth
-        tokens = (input_size // config["patch_size"]) ** 2
-        given = loader.arrays[-1].shape[1]  # patch_scales.npy: (N, tokens)
-        if given != tokens:
-            raise InputError(f"--align: {args.model} expects {tokens} patch tokens, not {given}")
-    return SiTConfig(**config)
+        settings.update(align_dim=loader.patch_bank.dim, align_depth=args.align_depth)
+    fresh_memory = args.condition == "memory" and (initial is None or not initial.config.memory_dim)
+    if fresh_memory:  # else snippets are centred and scaled as --init was trained on them
+        settings["memory_center"] = args.memory_scale == "unit"
+    if fresh_memory and args.memory_scale != "unit":
+        settings["memory_scale"] = float(args.memory_scale)
+
+    torch.manual_seed(args.seed)
+    model = SiT(SiTConfig(**settings))
+    if fresh_memory and settings["memory_center"]:
+        model.standardize_snippets(loader.bank)
+    if initial is not None:
+        copy_weights(initial.state_dict(), model)
+    return model
 
 
-def split(batch_size, micro_batch, num_processes, most=MICRO_BATCH, before=None):
-    """-> micro-batch size, micro-batches of each process
+def copy_weights(weights, model):
+    """Weights of --init. What they lack, and a label table of another size, is left random."""
+    table = "y_embedder.embedding_table.weight"
+    own = model.state_dict()
+    if table in weights and table in own and weights[table].shape != own[table].shape:
+        del weights[table]
+    try:
+        missing = model.load_state_dict(weights, strict=False).missing_keys
+    except RuntimeError as e:
+        raise InputError(f"--init has another network: {str(e).splitlines()[-1].strip()}") from e
+    if missing:
+        say(f"not in --init, drawn anew: {', '.join(missing)}")
 
-    Without a micro_batch it is `before`, the one of a resumed run, as the noise depends on it;
-    where that does not divide the batch, it is the largest up to `most` that does."""
-    if batch_size % num_processes != 0:
-        less = batch_size // num_processes * num_processes
-        fits = f"{less} or {less + num_processes}" if less else str(num_processes)
-        raise InputError(f"--batch-size {batch_size}: for {num_processes} processes give {fits}")
-    share = batch_size // num_processes
-    sizes = [size for size in range(1, share + 1) if share % size == 0]
-    if micro_batch is None and before in sizes:
-        micro_batch = before
-    if micro_batch is None:
-        micro_batch = max(size for size in sizes if size <= most)
-    if micro_batch not in sizes:
-        fits = ", ".join(map(str, sizes))
-        raise InputError(f"--micro-batch {micro_batch} does not divide {share} images; {fits} do")
-    return micro_batch, share // micro_batch
+
+def micro_batch_size(args, config):
+    """The largest divisor of a process's share of the batch within the limits"""
+    num_processes = rank_world()[1]
+    tokens = (config.input_size // config.patch_size) ** 2
+    most = args.micro_batch or max(1, min(MICRO_BATCH, MICRO_TOKENS // tokens))
+    share = args.batch_size // num_processes
+    if share * num_processes != args.batch_size:
+        raise InputError(f"--batch-size {args.batch_size}: {num_processes} does not divide it")
+    return max(size for size in range(1, most + 1) if share % size == 0)
 
 
 def wrapped(model, args, device):
     """The model, compiled and distributed where that is wanted."""
-    process, num_processes = rank_world()
     compiled = args.compile
     if compiled is None:
         compiled = device.type == "cuda" and find_spec("triton") is not None
-        if device.type == "cuda" and not compiled and process == 0:
-            print("Triton is not installed: the network is not compiled, and needs more memory")
     net = torch.compile(model) if compiled else model
-    if num_processes > 1:
+    if rank_world()[1] > 1:
         device_ids = [device.index] if device.type == "cuda" else None
         # large buckets, as torch.compile cuts the network at each one
         net = DDP(net, device_ids, gradient_as_bucket_view=True, bucket_cap_mb=200)
@@ -602,99 +543,70 @@ def wrapped(model, args, device):
     return net
 
 
-def check_disk(trainer):
-    """InputError where the disk of OUT has no room for the checkpoints of the run."""
-    args = trainer.args
-    weights = sum(p.nbytes for p in trainer.parameters)
-    needed = 2 * 4 * weights  # the old and the new ckpt.pt: weights, EMA, two moments
-    for path in (f"{args.out}/ckpt.pt", f"{args.out}/ckpt.pt.tmp"):
-        if os.path.exists(path):
-            needed -= os.path.getsize(path)
-    if args.keep_every is not None:
-        needed += (args.steps // args.keep_every - trainer.step // args.keep_every) * weights
-    free = shutil.disk_usage(args.out).free
-    if free < needed:
-        there = f"the disk of {args.out} has {free / 1e9:.1f} GB left"
-        raise InputError(f"{there}, the checkpoints of this run need {needed / 1e9:.1f} GB more")
+def put_bank(folder, out):
+    """OUT/bank.pt, which sample.py takes: a hard link to the bank of the data, or a copy."""
+    Path(out, "bank.pt").unlink(missing_ok=True)
+    try:
+        os.link(f"{folder}/bank.pt", f"{out}/bank.pt")
+    except OSError:  # another disk, or a file system without hard links
+        shutil.copyfile(f"{folder}/bank.pt", f"{out}/bank.pt")
 
 
-def introduce(trainer, loader, micro_batch, accumulate, before, most):
+def introduce(trainer, loader, accumulate):
     """Prints what is trained, on what."""
     args = trainer.args
     meta = loader.meta
-    num_processes = rank_world()[1]
-    count = sum(p.numel() for p in trainer.parameters)
-    print(f"data: {len(loader.latents):,} of {meta['latent']}, {len(meta['classes'])} classes")
-    made = ", ".join(f"{name} {meta['settings'][name]}" for name in PREPARED)
-    print(f"prepared in {loader.folder}: {made}")
+    classes = f"{len(meta['classes'])} classes {', '.join(meta['classes'][:5])}"
+    print(f"data: {loader.folder}, {meta['images']:,} images as {meta['latent']}, {classes}")
+    print(f"prepared with {', '.join(f'{name} {getattr(args, name)}' for name in PREPARED)}")
     print(f"bank: {loader.bank}")
-    print(f"model: {args.model}, {count:,} parameters, condition {args.condition}")
-    batch = f"{num_processes} processes x {accumulate} micro-batches of {micro_batch}"
+    print(f"model: {args.model}, {sum(p.numel() for p in trainer.parameters):,} parameters")
+    batch = f"{rank_world()[1]} processes x {accumulate} micro-batches of {args.micro_batch}"
     print(f"batch: {args.batch_size} = {batch}, on {loader.device}; from step {trainer.step:,}")
-    if before not in (None, micro_batch):
-        print(f"micro-batch {micro_batch}, was {before}: other noise now")
-    if micro_batch < most // 2 < args.batch_size // num_processes:
-        good = most * num_processes
-        less = max(1, args.batch_size // good) * good
-        print(f"--batch-size {less} or {less + good} divides well, and would be faster")
-
-
-def run(given, device):
-    """A whole run, by the flags of the command line; no other command writes to its --out."""
-    # settings and data
-    args, checkpoint = merge_settings(given)
-    process, num_processes = rank_world()
-    split(args.batch_size, given.get("micro_batch"), num_processes)  # errors before the preparation
-    folder = prepared_folder(args, given, checkpoint, device)
-    loader = Loader(folder, args.seed, device, patches=args.align > 0)
-
-    before = None
-    if checkpoint is None:
-        trainer = Trainer(args, new_config(args, loader), loader, device)
-    else:
-        trainer = Trainer(args, SiTConfig(**checkpoint["config"]), loader, device)
-        trainer.load(checkpoint)
-        before = checkpoint["micro_batch"]
-        checkpoint = None  # free the memory
-    tokens = (trainer.config.input_size // trainer.config.patch_size) ** 2
-    most = max(1, min(MICRO_BATCH, MICRO_TOKENS // tokens))
-    asked = given.get("micro_batch")
-    micro_batch, accumulate = split(args.batch_size, asked, num_processes, most, before)
-    if process == 0:
-        introduce(trainer, loader, micro_batch, accumulate, before, most)
-    if trainer.step >= args.steps:
-        if process == 0:
-            print(
-                f"nothing to do: --steps {args.steps:,} in all; to go on give more, and --decay A B"
-            )
-        return
-
-    # what would otherwise fail after hours
-    on_first_process(check_disk, trainer)
-    tokenizer = None
-    if args.preview:
-        tokenizer = on_first_process(memory.load_tokenizer, args.tokenizer, device)
-    net = wrapped(trainer.model, args, device)
-    torch.set_float32_matmul_precision("high")
-
-    # loop
-    try:
-        train(trainer, net, loader, micro_batch, accumulate, tokenizer)
-    except torch.OutOfMemoryError as e:
-        images = f"micro-batches of {micro_batch} images ({tokens} tokens each)"
-        less = "a smaller --micro-batch needs less, and draws other noise"
-        raise InputError(f"{device} has too little memory for {images}: {less}") from e
-    if process == 0:
-        why = "" if trainer.step >= args.steps else ": stopped by a signal"
-        print(f"{args.out}/ckpt.pt holds step {trainer.step:,}{why}")
 
 
 def main():
-    given = memory.read_flags(SETTINGS, "Trains GMem.", GROUPS)
-    device = memory.best_device(given.get("device"))
-    memory.init_distributed(device)
-    with memory.one_writer(given.get("out", "out")):
-        run(given, device)
+    device = memory.init_distributed(make_parser().parse_args().device)
+    args, checkpoint = read_settings()
+    process, num_processes = rank_world()
+    if process == 0:
+        lock = memory.lock_folder(args.out)  # noqa: F841 - held as long as this process runs
+    folder = args.data
+    if not os.path.exists(f"{folder}/meta.json"):
+        folder = f"{args.out}/data"
+        options = {name: getattr(args, name) for name in (*PREPARED, "skip_bad")}
+        memory.prepare(args.data, folder, device, patches=args.align > 0, **options)
+    loader = Loader(folder, args.seed, device, patches=args.align > 0)
+    args.data = os.path.abspath(folder)
+
+    if checkpoint is None:
+        trainer = Trainer(args, new_model(args, loader), loader.meta, device)
+    else:
+        for key in ("bank", "images", "latent", "mean", "std"):
+            if loader.meta[key] != checkpoint["meta"][key]:
+                raise InputError(f"{folder} is not what the run was begun with: another {key}")
+        config = SiTConfig(**{**checkpoint["config"], "mask_ratio": args.mask_ratio})
+        trainer = Trainer(args, SiT(config), loader.meta, device)
+        trainer.load(checkpoint)
+        checkpoint = None  # frees memory
+    trainer.model.checkpointing = args.checkpointing
+    args.micro_batch = micro_batch_size(args, trainer.model.config)
+    accumulate = args.batch_size // num_processes // args.micro_batch
+    tokenizer = None
+    if process == 0:
+        put_bank(folder, args.out)
+        introduce(trainer, loader, accumulate)
+        tokenizer = load_tokenizer(args.tokenizer, device) if args.preview else None
+    torch.set_float32_matmul_precision("high")
+    try:
+        net = wrapped(trainer.model, args, device)
+        stopped_by = train(trainer, net, loader, accumulate, tokenizer)
+    except torch.OutOfMemoryError as e:
+        images = f"--micro-batch {args.micro_batch}"
+        raise InputError(f"{device}: no memory for {images}: less, or --checkpointing") from e
+    say(f"{args.out}/ckpt.pt holds step {trainer.step:,}")
+    if stopped_by:
+        sys.exit(128 + stopped_by)
 
 
 if __name__ == "__main__":
