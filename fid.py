@@ -123,14 +123,14 @@ def kernel_sum(a, b, rows=500):
 def to_rgb(image):
     """PIL image -> RGB, 8 bits: upright, transparency on white, 16-bit grey scaled to 8 bits.
     InputError for floats and 32-bit integers, in which black and white are not defined."""
-    is_16_bit = image.mode.startswith("I;16")
-    if image.mode == "I" and image.format in ("PNG", "PPM"):  # so Pillow opens some 16-bit files
-        is_16_bit = True
+    is_png_or_pgm = image.format in ("PNG", "PPM")  # of 16 bits, also where Pillow opens it as I
+    is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and is_png_or_pgm)
     if image.mode in ("I", "F") and not is_16_bit:
         raise InputError(f"mode {image.mode} has no black and white: save it with 8 or 16 bits")
     image = ImageOps.exif_transpose(image)
     if is_16_bit:
-        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+        grey = np.rint(np.asarray(image) / 257)
+        image = Image.fromarray(grey.astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -89,15 +89,18 @@ def mix(a, b, alpha, method="slerp"):
 def full_float32():
     """Within it nothing has a gradient, and float32 is float32: without autocast and TF32, whatever
     the caller has switched on."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
     cpu = torch.autocast("cpu", enabled=False)
     cuda = torch.autocast("cuda", enabled=False)
     try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
         with torch.inference_mode(False), torch.no_grad(), cpu, cuda:
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        for backend, precision in zip(backends, before):
+            backend.fp32_precision = precision
 
 
 def float_tensor(features, device):
@@ -240,10 +243,7 @@ class MemoryBank:
             content.update(np.ascontiguousarray(tensor.cpu().numpy()))
         return content.hexdigest()[:16]
 
-    def save(self, path, overwrite=False):
-        """One file. InputError where there is a file already, unless it may be overwritten."""
-        if os.path.exists(path) and not overwrite:
-            raise InputError(f"{path} exists: name another file for the bank, or delete it")
+    def save(self, path):
         with atomic_write(path) as file:
             torch.save(vars(self.to("cpu")), file)
 
@@ -297,7 +297,8 @@ class MemoryBank:
         s = F.normalize(float_tensor(features, self.coef.device), dim=-1)
         rows = torch.arange(len(self), device=self.coef.device)
         cosine, index = self.search(s.reshape(-1, self.dim), rows, k)
-        return cosine.reshape(*s.shape[:-1], -1), index.reshape(*s.shape[:-1], -1)
+        shape = (*s.shape[:-1], cosine.shape[1])
+        return cosine.reshape(shape), index.reshape(shape)
 
     def search(self, s, rows, k, leave_out_equal=False):
         """s (B, D) unit-norm, rows (n,) that are compared -> cosine (B, k'), index (B, k'),
@@ -395,14 +396,13 @@ class MemoryBank:
         new = torch.linalg.qr(new.T)[0].T
 
         coef, scale = quantize(torch.cat([c, rest @ new.T], dim=1).float(), str(old.coef.dtype)[6:])
-        if labels is None:
-            labels = torch.full((len(s),), -1)
+        labels = -1 if labels is None else labels
         bank = replace(
             old,
             basis=torch.cat([old.basis, new.float()]),
             coef=torch.cat([F.pad(old.coef, (0, len(new))), coef]),
             scale=torch.cat([old.scale, scale]),
-            labels=torch.cat([old.labels, torch.as_tensor(labels)]),
+            labels=torch.cat([old.labels, torch.as_tensor(labels).expand(len(s))]),
         )
         return replace(bank, id=bank.content_hash()).to(self.coef.device)
 
@@ -517,11 +517,10 @@ def read_array(src):
     if src.endswith(".npy"):
         content = {"arr_0": content}
     images = content["arr_0"]
-    if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
-        raise InputError(f"{src} holds {images.dtype} {images.shape}: expected uint8 (N, H, W, 3)")
-    if "arr_1" not in content:
-        return images, [-1] * len(images), []
-    labels = content["arr_1"]
+    labels = content.get("arr_1", np.full(len(images), -1))
+    if images.shape[3:] != (3,) or images.dtype != np.uint8 or labels.shape != images.shape[:1]:
+        arrays = f"{images.dtype} {images.shape} and labels {labels.shape}"
+        raise InputError(f"{src} holds {arrays}: expected uint8 (N, H, W, 3) and (N,)")
     return images, labels, [str(i) for i in range(labels.max() + 1)]
 
 
@@ -534,7 +533,7 @@ class Images:
     def __init__(self, src, size, skip_bad=False):
         self.size = size
         self.files = None
-        if src.split(":")[0] == "glyphs":
+        if is_glyphs(src):
             self.classes = list(src.partition(":")[2] or LETTERS)
             self.array, labels = glyphs(size=size, characters=self.classes)
         elif os.path.isdir(src):
@@ -543,6 +542,7 @@ class Images:
         elif src.endswith((".npy", ".npz")):
             self.array, labels, self.classes = read_array(src)
         else:
+            Image.open(src).close()
             self.files, labels, self.classes = [src], [-1], []
         self.labels = np.array(labels, np.int64)
 
@@ -556,6 +556,10 @@ class Images:
     def batch(self, rows):
         """-> uint8 tensor (B, size, size, 3), decoded by several threads"""
         return torch.from_numpy(np.stack(list(THREADS.map(self.__getitem__, rows))))
+
+
+def is_glyphs(src):
+    return src.split(":")[0] == "glyphs"
 
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -718,53 +722,56 @@ def load_features(path):
 
 def patch_basis(path, images, encode, device):
     """Writes a bank of the patch tokens of 256 images: all are stored in its basis."""
-    rows = np.linspace(0, len(images) - 1, min(len(images), 256)).astype(int)
-    tokens = in_batches(lambda x: encode(x)[1:], images.batch(rows), device)[0]
-    bank = MemoryBank.build(tokens.flatten(0, 1), min(RANK, tokens.shape[2]), device=device)
-    bank.save(path)
+    if not os.path.exists(path):
+        rows = np.linspace(0, len(images) - 1, min(len(images), 256)).astype(int)
+        tokens = in_batches(lambda x: encode(x)[1:], images.batch(rows), device)[0]
+        MemoryBank.build(tokens.flatten(0, 1), min(RANK, tokens.shape[2]), device=device).save(path)
 
 
 def encode_images(images, tokenizer, encode, out, settings, device):
     """Fills latents.npy, features.npy and, with patches, patches.npy and patch_scales.npy -> Blocks.
     Each image is decoded once, for itself and its mirror image."""
-    path = f"{out}/patches.pt"
-    if settings["patches"] and not os.path.exists(path):
-        on_process_zero(patch_basis, path, images, encode, device)
-    patch_bank = MemoryBank.load(path).to(device) if settings["patches"] else None
+    n = len(images)
+    first_rows = (0, n) if settings["flip"] else (0,)
+    N = n * len(first_rows)
+    blank = torch.zeros(1, 3, settings["image_size"], settings["image_size"], device=device)
+    features, tokens = encode(blank)
+    arrays = {"latents": ((N, *tokenizer.encode(blank).shape[1:]), tokenizer.dtype)}
+    if settings["features"] is None:
+        arrays["features"] = ((N, features.shape[1]), "float32")
+    if settings["patches"]:
+        if tokens is None:
+            raise InputError(f"the encoder {settings['encoder']} has no patch tokens")
+        arrays["patches"] = ((N, tokens.shape[1], min(RANK, tokens.shape[2])), "int8")
+        arrays["patch_scales"] = ((N, tokens.shape[1]), "float32")
+    blocks = Blocks(out, {**settings, "images": n}, arrays, n, 256)
+    if settings["patches"]:
+        on_process_zero(patch_basis, f"{out}/patches.pt", images, encode, device)
+        patch_bank = MemoryBank.load(f"{out}/patches.pt").to(device)
 
     def encode_batch(x):
-        """images (b, 3, H, W) in [-1, 1] -> what each of the arrays holds of them, by its name"""
+        """images (b, 3, H, W) in [-1, 1] -> what each of the arrays holds of them"""
         parts = {"latents": tokenizer.encode(x).to(getattr(torch, tokenizer.dtype))}
-        features, tokens = encode(x)
-        if settings["features"] is None:
-            parts["features"] = features
+        parts["features"], tokens = encode(x)
         if settings["patches"]:
             c = patch_bank.project(tokens)
             coef, scale = quantize(c.flatten(0, 1), "int8")
             parts["patches"] = coef.view(c.shape)
             parts["patch_scales"] = scale.view(c.shape[:2])
-        return parts
+        return [parts[name] for name in arrays]
 
-    n = len(images)
-    first_rows = (0, n) if settings["flip"] else (0,)
-    arrays = {}
-    blank = torch.zeros(1, 3, settings["image_size"], settings["image_size"], device=device)
-    for name, part in encode_batch(blank).items():
-        arrays[name] = ((n * len(first_rows), *part.shape[1:]), str(part.dtype)[6:])
-    blocks = Blocks(out, {**settings, "images": n}, arrays, n, 256)
     with progress(desc="encoding", total=sum(map(len, blocks.todo)), unit="img") as bar:
         for rows, x in zip(blocks.todo, ahead(images.batch, blocks.todo)):
             for first_row in first_rows:
-                mirrored = x.flip(2) if first_row else x
-                values = in_batches(lambda x: encode_batch(x).values(), mirrored, device)
-                place = slice(first_row + rows.start, first_row + rows.stop)
-                for name, value in zip(arrays, values):
-                    blocks.arrays[name][place] = value
+                values = in_batches(encode_batch, x.flip(2) if first_row else x, device)
                 finite = values[0].isfinite().flatten(1).all(1)
                 if not finite.all():
                     i = rows[int(finite.long().argmin())]
                     name = i if images.files is None else images.files[i]
                     raise InputError(f"image {name}: its latents overflow {tokenizer.dtype}")
+                place = slice(first_row + rows.start, first_row + rows.stop)
+                for name, value in zip(arrays, values):
+                    blocks.arrays[name][place] = value
             blocks.arrays["done"][rows.start // 256] = True
             bar.update(len(rows))
     barrier()
@@ -781,7 +788,11 @@ def prepare(src, out, device="cpu", **options):
     """
     from model import load_encoder, load_tokenizer
 
+    assert set(options) <= set(DEFAULTS), options
     settings = {**DEFAULTS, **options, "source": src}
+    for name, value in settings.items():
+        if isinstance(value, str) and (os.path.isfile(value) or name == "source"):
+            settings[name] = value if is_glyphs(value) else os.path.abspath(value)
     if on_process_zero(is_prepared, out, src, settings):
         return
     if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) < rank_world()[1]:
@@ -808,7 +819,7 @@ def prepare(src, out, device="cpu", **options):
     if settings["features"] is None:
         features = blocks.arrays["features"]
     if rank_world()[0] == 0:
-        fields = {"encoder": os.path.basename(settings["features"] or settings["encoder"])}
+        fields = {"encoder": last_part(settings["features"] or settings["encoder"])}
         fields.update(classes=tuple(images.classes), mirrored=len(images) * settings["flip"])
         rank = settings["rank"]
         bank = MemoryBank.build(features, rank, settings["dtype"], labels, device, **fields)
@@ -820,11 +831,12 @@ def prepare(src, out, device="cpu", **options):
 
 def save_prepared(out, bank, meta, files):
     """Writes the bank, labels and files.txt, and last meta.json: then the folder is prepared."""
-    bank.save(f"{out}/bank.pt", overwrite=True)
+    bank.save(f"{out}/bank.pt")
     np.save(f"{out}/labels.npy", bank.labels.numpy())
     if files is not None:
         source = meta["settings"]["source"]
-        lines = [os.path.relpath(file, source) + "\n" for file in files]
+        top = source if os.path.isdir(source) else os.path.dirname(source)
+        lines = [os.path.relpath(file, top or ".") + "\n" for file in files]
         Path(out, "files.txt").write_bytes(os.fsencode("".join(lines)))
     counts = torch.bincount(bank.labels[bank.labels >= 0]).tolist()
     write_json(f"{out}/meta.json", {**meta, "class_counts": counts, "bank": bank.id})
@@ -842,13 +854,17 @@ def progress(items=None, **options):
     return tqdm(items, disable=rank_world()[0] > 0, **options)
 
 
+def last_part(path):
+    """Of a setting: folders may move."""
+    return os.path.basename(os.path.normpath(str(path)))
+
+
 def refuse_differences(was, now, what):
-    """InputError where settings differ; of paths the last part alone, as folders may move."""
+    """InputError where settings differ; of paths the last part alone is compared."""
     differ = []
     for name in now:
-        old = was.get(name, now[name])
-        if os.path.basename(str(old)) != os.path.basename(str(now[name])):
-            differ.append(f"{name} {old}, not {now[name]}")
+        if name in was and last_part(was[name]) != last_part(now[name]):
+            differ.append(f"{name} {was[name]}, not {now[name]}")
     if differ:
         raise InputError(f"{what} with {', '.join(differ)}: name another folder, or delete it")
 
@@ -971,6 +987,12 @@ def cli(main):
             dist.destroy_process_group()
 
 
+def rank_or_full(text):
+    if text != "full" and int(text) < 1:
+        raise ValueError(text)
+    return text
+
+
 def add_data_flags(parser, image_size):
     """The flags that memory.py and train.py have in common"""
     add = parser.add_argument
@@ -979,7 +1001,7 @@ def add_data_flags(parser, image_size):
     add("--tokenizer", default="pixel", help="pixel, sd-vae-ft-ema, vavae-f16d32, or a file")
     add("--latent-stats", metavar="F", help="file with mean and std of the latents' channels")
     add("--encoder", default="thumbnail", help="thumbnail, dinov2_vits14, _vitb14, .., or a file")
-    add("--rank", default=RANK, help="directions that the bank keeps, or full")
+    add("--rank", type=rank_or_full, default=RANK, help="directions that the bank keeps, or full")
     add("--flip", action=flag, default=False, help="add mirror images, with snippets of their own")
     add("--skip-bad", action=flag, default=False, help="leave out images that do not decode")
 
@@ -1004,9 +1026,11 @@ def main():
         prepare(args.data, args.out, device, **{name: getattr(args, name) for name in DEFAULTS})
         if rank_world()[0] == 0:
             print(f"{args.out}: {MemoryBank.load(f'{args.out}/bank.pt')}")
+    elif os.path.exists(args.out):
+        raise InputError(f"{args.out} exists: name another file for the bank, or delete it")
     elif rank_world()[0] == 0:
         features = load_features(args.features)
-        name = os.path.basename(args.features)
+        name = last_part(args.features)
         bank = MemoryBank.build(features, args.rank, args.dtype, device=device, encoder=name)
         bank.save(args.out)
         print(f"{args.out}: {bank}")

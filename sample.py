@@ -147,8 +147,9 @@ def class_number(label, names, counts):
     if label in names:
         number = names.index(label)
     if not 0 <= number < len(counts) or counts[number] == 0:
-        known = ", ".join(names) or f"0 to {len(counts) - 1}"
-        raise InputError(f"--label {label}: no such class; there are {known}")
+        known = [str(i) for i, count in enumerate(counts) if count > 0]
+        known = ", ".join(names[int(i)] if names else i for i in known) or "none"
+        raise InputError(f"--label {label}: no such class; there are: {known}")
     return number
 
 
@@ -200,7 +201,7 @@ def audit(made, data, stats, held_out=None, mirrored=0):
     distance, row = nearest_latents(made, data, stats, 1)
     distance = distance[:, 0]
     row = row[:, 0]
-    known = memory.normalize_latents(torch.tensor(data[row]), stats)
+    known = memory.normalize_latents(torch.tensor(data[row.numpy()]), stats)
     near, near_rows = nearest_latents(known, data, stats, 3)
     period = mirrored or len(data)
     itself = near_rows % period == row[:, None] % period  # the image, or its mirror image
@@ -215,38 +216,39 @@ def audit(made, data, stats, held_out=None, mirrored=0):
     return distance, row, to_other
 
 
-def write_audit(args, images, meta, mirrored, folder, tokenizer, device):
+def write_audit(out, images, unseen, meta, folder, tokenizer, device):
     """Compares images with latents.npy of the folder. Writes, beside --out, a .json with a line for
-    each image, and a .png of the first ones above their nearest training images."""
+    each image, and a .png of the first ones above their nearest training images. unseen: held-out
+    memory.Images, or None."""
     data = np.load(f"{folder}/latents.npy", mmap_mode="r")
     stats = memory.stats_tensor(meta, "cpu")
-    size = images.shape[1]
 
     def encode(images):
         latents = memory.in_batches(lambda x: [tokenizer.encode(x)], images, device)[0]
         return memory.normalize_latents(latents, stats)
 
     held_out = None
-    if args.audit:
-        source = memory.Images(args.audit, size)
-        count = min(len(source), args.num_images)
-        held_out = encode(source.batch(np.linspace(0, len(source) - 1, count).astype(int)))
-    elif meta["settings"]["source"].startswith("glyphs"):
-        unseen, _ = memory.glyphs(args.num_images, size, seed=1, characters=meta["classes"])
-        held_out = encode(unseen)
+    if unseen is not None:
+        count = min(len(unseen), len(images))
+        held_out = encode(unseen.batch(np.linspace(0, len(unseen) - 1, count).astype(int)))
+    elif memory.is_glyphs(meta["settings"]["source"]):
+        glyphs, _ = memory.glyphs(len(images), images.shape[1], seed=1, characters=meta["classes"])
+        held_out = encode(glyphs)
+    mirrored = meta["images"] if meta["settings"]["flip"] else 0
     distance, row, to_other = audit(encode(images), data, stats, held_out, mirrored)
 
     names = row.tolist()
     if os.path.exists(f"{folder}/files.txt"):
         files = os.fsdecode(Path(folder, "files.txt").read_bytes()).splitlines()
         names = [files[number % len(files)] for number in names]
-    stem = os.path.splitext(args.out)[0] + "-audit"
+    stem = out[:-4] if out.lower().endswith((".png", ".npz")) else out
+    stem += "-audit"
     with memory.atomic_write(f"{stem}.json") as file:
         for i, name in enumerate(names):
             line = {"image": i, "nearest": name, "distance": round(distance[i].item(), 4)}
             line["nearest_to_its_nearest"] = round(to_other[i].item(), 4)
             file.write((json.dumps(line) + "\n").encode())
-    known = memory.normalize_latents(torch.tensor(data[row[:16]]), stats)
+    known = memory.normalize_latents(torch.tensor(data[row[:16].numpy()]), stats)
     known = decode(known.to(device), meta, tokenizer)
     save_images(np.concatenate([images[:16], known]), f"{stem}.png", len(known))
     print(f"wrote {stem}.json and {stem}.png: samples above, nearest training images below")
@@ -302,9 +304,7 @@ def read_arguments():
     add("--cfg", type=float, default=1.0, help="guidance scale; 1: no guidance")
     interval = {"type": float, "nargs": 2, "metavar": ("LO", "HI"), "default": [0.0, 1.0]}
     add("--cfg-interval", **interval, help="apply guidance only while LO <= t <= HI")
-    add(
-        "--dtype", choices=("bfloat16", "float32"), help="float32; on CUDA bfloat16 for the network"
-    )
+    add("--dtype", choices=("bfloat16", "float32"), help="float32; on CUDA the network's bfloat16")
 
     group = parser.add_argument_group("what is made")
     add = group.add_argument
@@ -329,14 +329,18 @@ def read_arguments():
     args = parser.parse_args()
     if args.new and (args.mix or args.snippets):
         parser.error("--new goes with rows of the bank or with --add")
+    if args.save_bank and not args.add:
+        parser.error("--save-bank goes with --add")
     if os.path.isdir(args.ckpt):
         args.ckpt = f"{args.ckpt}/ckpt.pt"
     if args.out is None:
         modes = [mode for mode in ("add", "mix", "snippets", "new") if getattr(args, mode)]
         args.out = os.path.join(os.path.dirname(args.ckpt), f"{(*modes, 'samples')[0]}.png")
     args.out = os.path.normpath(args.out)
-    if os.path.isdir(args.out):
-        raise InputError(f"the folder {args.out} exists: name a new one, a .png or an .npz")
+    if not args.out.lower().endswith((".png", ".npz")) and os.path.exists(args.out):
+        raise InputError(f"{args.out} exists: name a new folder, a .png or an .npz")
+    if args.save_bank and os.path.exists(args.save_bank):
+        raise InputError(f"--save-bank {args.save_bank} exists: name another file")
     return args
 
 
@@ -348,14 +352,16 @@ def load_checkpoint(args, device):
     if rank_world()[1] > 1:  # a training may replace the file, and some open it later than others
         for weight in model.state_dict().values():
             dist.broadcast(weight, 0)
-    folder = os.path.dirname(args.ckpt)
+    folder = os.path.dirname(args.ckpt) or "."
     meta = content.get("meta")
     if meta is None:
         stats = memory.known_stats(args.tokenizer, args.latent_stats)
-        if stats is None:
+        if args.tokenizer is None or stats is None:
             raise InputError(f"{args.ckpt} is not by train.py: give --tokenizer and --latent-stats")
         settings = {"tokenizer": args.tokenizer, "encoder": "unknown", "source": ""}
-        meta = {"settings": settings, "mean": stats[0], "std": stats[1], "classes": []}
+        counts = [1] * model.config.num_classes
+        meta = {"settings": settings, "classes": [], "class_counts": counts}
+        meta.update(mean=stats[0], std=stats[1])
     bank = None
     if model.config.memory_dim:
         bank = load_bank(args.bank or f"{folder}/bank.pt", meta)
@@ -369,7 +375,7 @@ def load_bank(path, meta):
     """The bank of a model, or another one, which is said"""
     bank = MemoryBank.load(path)
     settings = meta["settings"]
-    trained_on = os.path.basename(settings.get("features") or settings["encoder"])
+    trained_on = memory.last_part(settings.get("features") or settings["encoder"])
     own = meta.get("bank") == bank.id
     if own and not bank.classes:  # a bank of the version before
         mirrored = meta["images"] if settings["flip"] else 0
@@ -390,20 +396,17 @@ class Plan:
     y: torch.Tensor = None
     given: np.ndarray = None  # images (R, H, W, 3) that stand at the head of R lines of the grid
     columns: int = None  # of the grid
+    bank: MemoryBank = None  # extended by the given images
 
 
 def make_plan(args, meta, bank, config, size, device):
     """-> Plan, as the flags have it"""
     n = args.num_images or (8 if args.add or args.mix else 64)
     plan = Plan(list(range(n)))
-    if config.num_classes:
-        plan.y = draw_labels(plan.ids, args.seed, meta["class_counts"], meta["classes"], args.label)
-    if bank is None:
-        return plan
 
     def encode(images):
         encoder = args.encoder or meta["settings"]["encoder"]
-        if args.encoder is None and os.path.basename(encoder) != bank.encoder:
+        if args.encoder is None and memory.last_part(encoder) != bank.encoder:
             raise InputError(f"the bank was made by {bank.encoder}: give its weights, --encoder")
         return memory.encode_features(images, encoder, device)
 
@@ -414,8 +417,7 @@ def make_plan(args, meta, bank, config, size, device):
         bank = bank.extend(encode(plan.given))
         plan.ids = plan.ids * len(plan.given)
         plan.columns = n + 1
-        if args.save_bank and rank_world()[0] == 0:
-            bank.save(args.save_bank)
+        plan.bank = bank
     elif args.mix:  # one line: from a snippet to the other, one noise
         a, b = (end_of_mix(end, bank, encode, size) for end in args.mix)
         plan.s = memory.mix(a, b, torch.linspace(0, 1, n)[:, None])
@@ -424,22 +426,20 @@ def make_plan(args, meta, bank, config, size, device):
     elif args.snippets:
         plan.s = torch.from_numpy(np.load(args.snippets).astype(np.float32))
         plan.ids = list(range(len(plan.s)))
-    else:
+    elif bank is not None:
         rows = draw_bank_rows(bank, plan.ids, args.seed, args.label)
     if args.new:
         bank = bank.to(device)
-        plan.s = new_snippets(bank, rows, range(len(rows)), args.seed, args.spread)
+        plan.s = new_snippets(bank, rows, plan.ids, args.seed, args.spread)
         if rank_world()[0] == 0:
             ratio = novelty(bank, rows[:1000], plan.s[:1000])
-            print(
-                f"distance of new snippets to the bank, relative to that of its rows: {ratio:.2f}"
-            )
+            print(f"new snippets' distance to the bank, relative to that of its rows: {ratio:.2f}")
     elif rows is not None:
         plan.s = bank[rows]
-    if plan.s.shape[1:] != (config.memory_dim,):
-        raise InputError(
-            f"snippets {tuple(plan.s.shape)}: the model takes (N, {config.memory_dim})"
-        )
+    if plan.s is not None and plan.s.shape[1:] != (config.memory_dim,):
+        raise InputError(f"snippets {tuple(plan.s.shape)}, expected (N, {config.memory_dim})")
+    if config.num_classes:
+        plan.y = draw_labels(plan.ids, args.seed, meta["class_counts"], meta["classes"], args.label)
     return plan
 
 
@@ -476,28 +476,33 @@ def main():
     config = model.config
     name = args.tokenizer or meta["settings"]["tokenizer"]
     tokenizer = memory.process_zero_first(load_tokenizer, name, device)
-    if tokenizer.channels != config.in_channels:
-        channels = f"{tokenizer.channels} channels, the model {config.in_channels}"
-        raise InputError(f"latents of {name} have {channels}")
-    if bank is None and (args.new or args.add or args.mix or args.snippets):
-        raise InputError(f"{args.ckpt} has no memory, for --new, --add, --mix and --snippets")
-    plan = make_plan(args, meta, bank, config, config.input_size * tokenizer.factor, device)
+    if not tokenizer.channels == len(meta["mean"]) == config.in_channels:
+        channels = f"{tokenizer.channels}, their statistics {len(meta['mean'])} channels"
+        raise InputError(f"latents of {name} have {channels}, the model {config.in_channels}")
+    needs_memory = args.new or args.add or args.mix or args.snippets
+    if bank is None and (needs_memory or (args.label and not config.num_classes)):
+        raise InputError(f"{args.ckpt} has no memory to take snippets from, or labels")
+    size = config.input_size * tokenizer.factor
+    unseen = memory.Images(args.audit, size) if args.audit else None
+    plan = make_plan(args, meta, bank, config, size, device)
     if args.compile:
         model = torch.compile(model)
 
     images = make_images(args, model, meta, tokenizer, plan)
     if rank_world()[0] == 0:
-        if args.audit is not None:
-            mirrored = 0 if bank is None else bank.mirrored
-            write_audit(args, images, meta, mirrored, data, tokenizer, device)
-        if plan.given is not None and args.out.endswith(".png"):
+        grid_images = images
+        if plan.given is not None and args.out.lower().endswith(".png"):
             lines = images.reshape(len(plan.given), -1, *images.shape[1:])
-            images = np.concatenate([plan.given[:, None], lines], axis=1)
-            images = images.reshape(-1, *images.shape[2:])
-        save_images(images, args.out, plan.columns)
-        del images  # a map of a file that is removed
-        shutil.rmtree(f"{args.out}.parts")
+            grid_images = np.concatenate([plan.given[:, None], lines], axis=1)
+            grid_images = grid_images.reshape(-1, *images.shape[1:])
+        save_images(grid_images, args.out, plan.columns)
         print(f"wrote {args.out}")
+        if args.save_bank:
+            plan.bank.save(args.save_bank)
+        if args.audit is not None:
+            write_audit(args.out, images, unseen, meta, data, tokenizer, device)
+        del images, grid_images  # maps of a file that is removed
+        shutil.rmtree(f"{args.out}.parts")
 
 
 if __name__ == "__main__":

@@ -7,12 +7,10 @@ r"""Trains GMem (arXiv 2412.08781): a flow-matching transformer, shown each imag
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT train.py \
         --data PREPARED                                    # prepared first, on one node
 
-Writes OUT/ckpt.pt and bank.pt, which sample.py needs, log.jsonl, samples.png and
-samples-NNNNNNN.png (by the EMA weights: above of the bank's snippets, below of new ones). With
---resume it goes on where OUT/ckpt.pt ends, or begins if that file does not exist yet: one command
-for a scheduler that restarts jobs. SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1 save first, and
-the exit code is then 128 + the signal's number. A step whose loss or gradient is not finite changes
-nothing. One run per OUT.
+OUT gets ckpt.pt and bank.pt, which sample.py needs, log.jsonl and samples.png (by the EMA weights:
+images of the bank's snippets above, new ones below). SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1
+save first; the exit code is then 128 + the signal's number. A step whose loss or gradient is not
+finite changes nothing. One run per OUT.
 
 Randomness belongs to the micro-batch, (seed, step, index), never to the process: 1 process that
 accumulates 8 micro-batches and 8 processes with one each take the same steps, up to rounding.
@@ -28,7 +26,6 @@ import sys
 import time
 from dataclasses import asdict
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -113,9 +110,8 @@ PRESETS = {
 
 def make_parser():
     """The flags, with the defaults of the run on glyphs"""
-    parser = argparse.ArgumentParser(
-        description="Trains GMem.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description="Trains GMem.")
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     flag = argparse.BooleanOptionalAction
     group = parser.add_argument_group("data")
     group.add_argument("--data", default="glyphs", help="prepared folder, or images, for OUT/data")
@@ -144,17 +140,12 @@ def make_parser():
     add("--clip", type=float, default=1.0, help="largest norm of the gradient, which is scaled")
     add("--ema", type=float, default=0.9999, help="decay rate of the average of the weights (EMA)")
     add(
-        "--ema-ramp", action=flag, default=True, help="the rate is at most (1 + step) / (10 + step)"
+        "--ema-ramp", action=flag, default=True, help="EMA's rate is at most (1 + step)/(10 + step)"
     )
     add("--cond-drop-prob", type=float, default=0.1, help="fraction shown the null condition")
     add("--align", type=float, default=0.0, help="weight of REPA's loss; needs --encoder dinov2_*")
     add("--t-mean", type=float, default=-0.8, help="mean of the logit of t (official GMem: 0)")
-    add(
-        "--t-std",
-        type=float,
-        default=0.8,
-        help="standard deviation of the logit of t (official: 1)",
-    )
+    add("--t-std", type=float, default=0.8, help="its standard deviation (official GMem: 1)")
     add("--seed", type=int, default=0, help="seed of weights, order of images, noise and masks")
 
     add = parser.add_argument_group("run").add_argument
@@ -195,16 +186,17 @@ def read_settings():
         say(f"--resume: {path} does not exist, the run begins at step 0")
 
     args = parser.parse_args()
+    steps = parser.get_default("steps")
+    if args.steps != steps:  # the decay goes with the steps
+        scaled = [step * args.steps // steps for step in parser.get_default("decay")]
+        parser.set_defaults(decay=scaled)
     if os.path.exists(f"{args.data}/meta.json"):
         made = json.loads(Path(args.data, "meta.json").read_text())["settings"]
         made = {name: made[name] for name in PREPARED}
         parser.set_defaults(**made)
-        args = parser.parse_args()
-        asked = {name: getattr(args, name) for name in PREPARED}
+        asked = {name: getattr(parser.parse_args(), name) for name in PREPARED}
         memory.refuse_differences(made, asked, f"{args.data} was prepared")
-    beneath = parser.parse_args([])
-    if args.steps != beneath.steps and args.decay == beneath.decay:
-        args.decay = [step * args.steps // beneath.steps for step in args.decay]
+    args = parser.parse_args()
     for name, value in was.items():
         now = getattr(args, name)
         if str(now) != str(value) and name in NETWORK:
@@ -264,10 +256,14 @@ class Loader:
             batch = {name: part.pin_memory() for name, part in batch.items()}
         return batch
 
-    def batches(self, starts, size):
-        """Yields, for each place in the stream of epochs, x (B, C, h, w) as the network sees it,
-        s (B, D), y (B,), patch tokens or None."""
-        self.size = size
+    def batches(self, args, first_step, indices):
+        """Yields, for each step and each micro-batch in indices, x (B, C, h, w) as the network sees
+        it, s (B, D), y (B,), patch tokens or None."""
+        self.size = args.micro_batch
+        starts = []
+        for m in indices:
+            starts.append(range(m * self.size, args.steps * args.batch_size, args.batch_size))
+        starts = np.stack(starts, axis=1)[first_step:].flatten()
         for batch in memory.ahead(self.read, starts):
             batch = {name: part.to(self.device, non_blocking=True) for name, part in batch.items()}
             x = memory.normalize_latents(batch["latents"], self.stats)
@@ -314,6 +310,7 @@ class Trainer:
         self.ema.load_state_dict(checkpoint["ema"])
         # a copy: the optimizer would keep the file mapped, which is soon replaced
         self.optimizer.load_state_dict(copy.deepcopy(checkpoint["optimizer"]))
+        self.optimizer.param_groups[0]["betas"] = (0.9, self.args.beta2)
         self.step = checkpoint["step"]
         self.skipped = checkpoint["skipped"]
 
@@ -373,6 +370,14 @@ class Trainer:
         return line
 
 
+def trim_log(path, step):
+    """Removes lines after a step: a run that was killed has logged more than it saved."""
+    if os.path.exists(path):
+        lines = Path(path).read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        Path(path).write_text("".join(kept))
+
+
 def note_signals():
     """-> a list, empty until SIGTERM, SIGINT, SIGHUP or SIGUSR1 comes, then with its number. A
     signal that is ignored, as SIGHUP is under nohup, stays ignored."""
@@ -384,13 +389,6 @@ def note_signals():
     return signals
 
 
-def starts(args, first_step, indices):
-    """Where the micro-batches of one process begin, in the endless stream of epochs."""
-    for step in range(first_step, args.steps):
-        for m in indices:
-            yield step * args.batch_size + m * args.micro_batch
-
-
 def train(trainer, net, loader, accumulate, tokenizer):
     """The loop; net is trainer.model, compiled and distributed where that is wanted. Returns 0 at
     the end of the training, or the number of a signal, with everything saved."""
@@ -399,7 +397,7 @@ def train(trainer, net, loader, accumulate, tokenizer):
     process, num_processes = rank_world()
     # process r computes the micro-batches r, r + num_processes, .. of every step
     indices = range(process, accumulate * num_processes, num_processes)
-    batches = loader.batches(starts(args, trainer.step, indices), args.micro_batch)
+    batches = loader.batches(args, trainer.step, indices)
     signals = note_signals()
     bar = memory.progress(desc="training", total=args.steps, initial=trainer.step, unit="step")
     skipped = trainer.skipped
@@ -431,7 +429,7 @@ def train(trainer, net, loader, accumulate, tokenizer):
             bar.set_postfix(loss=line["loss"])
             if trainer.skipped > skipped:
                 say(
-                    f"warning: {trainer.skipped - skipped} steps skipped: loss or gradient is not finite"
+                    f"warning: {trainer.skipped - skipped} steps without a finite loss were skipped"
                 )
             skipped = trainer.skipped
             began = time.perf_counter()
@@ -443,7 +441,6 @@ def train(trainer, net, loader, accumulate, tokenizer):
                 preview(trainer, loader.bank, tokenizer)
         if process == 0 and args.keep_every and trainer.step % args.keep_every == 0:
             trainer.save(f"ema-{trainer.step:07d}.pt", ema_only=True)
-        memory.barrier()
     bar.close()
     return stop
 
@@ -478,10 +475,11 @@ def new_model(args, loader):
     settings = dict(CONFIGS[args.model]) if initial is None else asdict(initial.config)
     in_channels, input_size, _ = loader.meta["latent"]
     settings.update(input_size=input_size, in_channels=in_channels, mask_ratio=args.mask_ratio)
+    has_memory = args.condition == "memory"
     settings.update(zero_init=args.zero_init, memory_dim=0, num_classes=0, align_dim=0)
     if args.memory_tokens is not None:
         settings["memory_tokens"] = args.memory_tokens
-    if args.condition == "memory":
+    if has_memory:
         settings["memory_dim"] = loader.bank.dim
     if args.condition == "class":
         settings["num_classes"] = len(loader.meta["classes"])
@@ -489,15 +487,17 @@ def new_model(args, loader):
             raise InputError(f"{args.data} has no labels (class sub-folders) for --condition class")
     if args.align > 0:
         settings.update(align_dim=loader.patch_bank.dim, align_depth=args.align_depth)
-    fresh_memory = args.condition == "memory" and (initial is None or not initial.config.memory_dim)
-    if fresh_memory:  # else snippets are centred and scaled as --init was trained on them
-        settings["memory_center"] = args.memory_scale == "unit"
-    if fresh_memory and args.memory_scale != "unit":
+    # --init goes on with the centring and scale of snippets that it was trained on
+    keep_scale = initial is not None and initial.config.memory_dim > 0
+    settings["memory_center"] = has_memory and args.memory_scale == "unit"
+    if keep_scale:
+        settings["memory_center"] = has_memory and initial.config.memory_center
+    elif args.memory_scale != "unit":
         settings["memory_scale"] = float(args.memory_scale)
 
     torch.manual_seed(args.seed)
     model = SiT(SiTConfig(**settings))
-    if fresh_memory and settings["memory_center"]:
+    if settings["memory_center"] and not keep_scale:
         model.standardize_snippets(loader.bank)
     if initial is not None:
         copy_weights(initial.state_dict(), model)
@@ -524,16 +524,14 @@ def micro_batch_size(args, config):
     tokens = (config.input_size // config.patch_size) ** 2
     most = args.micro_batch or max(1, min(MICRO_BATCH, MICRO_TOKENS // tokens))
     share = args.batch_size // num_processes
-    if share * num_processes != args.batch_size:
+    if share == 0 or share * num_processes != args.batch_size:
         raise InputError(f"--batch-size {args.batch_size}: {num_processes} does not divide it")
     return max(size for size in range(1, most + 1) if share % size == 0)
 
 
 def wrapped(model, args, device):
     """The model, compiled and distributed where that is wanted."""
-    compiled = args.compile
-    if compiled is None:
-        compiled = device.type == "cuda" and find_spec("triton") is not None
+    compiled = device.type == "cuda" if args.compile is None else args.compile
     net = torch.compile(model) if compiled else model
     if rank_world()[1] > 1:
         device_ids = [device.index] if device.type == "cuda" else None
@@ -545,6 +543,8 @@ def wrapped(model, args, device):
 
 def put_bank(folder, out):
     """OUT/bank.pt, which sample.py takes: a hard link to the bank of the data, or a copy."""
+    if os.path.realpath(folder) == os.path.realpath(out):
+        return
     Path(out, "bank.pt").unlink(missing_ok=True)
     try:
         os.link(f"{folder}/bank.pt", f"{out}/bank.pt")
@@ -555,12 +555,13 @@ def put_bank(folder, out):
 def introduce(trainer, loader, accumulate):
     """Prints what is trained, on what."""
     args = trainer.args
-    meta = loader.meta
-    classes = f"{len(meta['classes'])} classes {', '.join(meta['classes'][:5])}"
-    print(f"data: {loader.folder}, {meta['images']:,} images as {meta['latent']}, {classes}")
-    print(f"prepared with {', '.join(f'{name} {getattr(args, name)}' for name in PREPARED)}")
+    made = ", ".join(f"{name} {getattr(args, name)}" for name in PREPARED)
+    classes = len(loader.meta["classes"])
+    print(f"data: {loader.folder}, {loader.meta['images']:,} images, {classes} classes, {made}")
     print(f"bank: {loader.bank}")
-    print(f"model: {args.model}, {sum(p.numel() for p in trainer.parameters):,} parameters")
+    print(
+        f"model: {args.init or args.model}, {sum(p.numel() for p in trainer.parameters):,} parameters"
+    )
     batch = f"{rank_world()[1]} processes x {accumulate} micro-batches of {args.micro_batch}"
     print(f"batch: {args.batch_size} = {batch}, on {loader.device}; from step {trainer.step:,}")
 
@@ -586,6 +587,8 @@ def main():
             if loader.meta[key] != checkpoint["meta"][key]:
                 raise InputError(f"{folder} is not what the run was begun with: another {key}")
         config = SiTConfig(**{**checkpoint["config"], "mask_ratio": args.mask_ratio})
+        if args.align > 0 and config.align_dim == 0:
+            raise InputError("--align: the run was begun without, and has no projector")
         trainer = Trainer(args, SiT(config), loader.meta, device)
         trainer.load(checkpoint)
         checkpoint = None  # frees memory
@@ -595,6 +598,7 @@ def main():
     tokenizer = None
     if process == 0:
         put_bank(folder, args.out)
+        trim_log(f"{args.out}/log.jsonl", trainer.step)
         introduce(trainer, loader, accumulate)
         tokenizer = load_tokenizer(args.tokenizer, device) if args.preview else None
     torch.set_float32_matmul_precision("high")
