@@ -82,12 +82,15 @@ def precision_recall(ref, gen, k=3):
     """Features (N, D), (M, D), N and M > k -> two floats in [0, 1] (arXiv 1904.06991)"""
     ref = float64_tensor(ref)
     gen = float64_tensor(gen)
-    # an image is its own 0th neighbour
-    ref_radius = torch.cat([block.kthvalue(k + 1).values for block in distance_blocks(ref, ref)])
-    gen_radius = torch.cat([block.kthvalue(k + 1).values for block in distance_blocks(gen, gen)])
-    is_precise = torch.cat([(block <= ref_radius).any(1) for block in distance_blocks(gen, ref)])
-    is_recalled = torch.cat([(block <= gen_radius).any(1) for block in distance_blocks(ref, gen)])
-    return is_precise.double().mean().item(), is_recalled.double().mean().item()
+    return fraction_within(gen, ref, k), fraction_within(ref, gen, k)
+
+
+def fraction_within(points, others, k):
+    """The fraction of the points that lie within the k-th-neighbour radius of some other"""
+    # each of the others is its own 0th neighbour
+    radius = torch.cat([block.kthvalue(k + 1).values for block in distance_blocks(others, others)])
+    within = torch.cat([(block <= radius).any(1) for block in distance_blocks(points, others)])
+    return within.double().mean().item()
 
 
 def distance_blocks(a, b, rows=500):
@@ -104,11 +107,14 @@ def kid(ref, gen):
     """Features (N, D), (M, D), N and M > 1 -> float, also below zero (arXiv 1801.01401, eq. 4)"""
     ref = float64_tensor(ref)
     gen = float64_tensor(gen)
-    same_ref = ((ref.square().mean(1) + 1) ** 3).sum().item()  # of k(x, x), which is left out
-    same_gen = ((gen.square().mean(1) + 1) ** 3).sum().item()
-    within_ref = (kernel_sum(ref, ref) - same_ref) / (len(ref) * (len(ref) - 1))
-    within_gen = (kernel_sum(gen, gen) - same_gen) / (len(gen) * (len(gen) - 1))
-    return within_ref + within_gen - 2 * kernel_sum(ref, gen) / (len(ref) * len(gen))
+    across = kernel_sum(ref, gen) / (len(ref) * len(gen))
+    return kernel_within(ref) + kernel_within(gen) - 2 * across
+
+
+def kernel_within(x):
+    """(n, D) -> the mean of k over all pairs of two different rows"""
+    same = ((x.square().mean(1) + 1) ** 3).sum().item()  # of k(x, x)
+    return (kernel_sum(x, x) - same) / (len(x) * (len(x) - 1))
 
 
 def kernel_sum(a, b, rows=500):
@@ -123,14 +129,13 @@ def kernel_sum(a, b, rows=500):
 def to_rgb(image):
     """PIL image -> RGB, 8 bits: upright, transparency on white, 16-bit grey scaled to 8 bits.
     InputError for floats and 32-bit integers, in which black and white are not defined."""
-    is_png_or_pgm = image.format in ("PNG", "PPM")  # of 16 bits, also where Pillow opens it as I
-    is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and is_png_or_pgm)
+    has_16_bits = image.format in ("PNG", "PPM")  # where Pillow opens it as I
+    is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and has_16_bits)
     if image.mode in ("I", "F") and not is_16_bit:
         raise InputError(f"mode {image.mode} has no black and white: save it with 8 or 16 bits")
     image = ImageOps.exif_transpose(image)
     if is_16_bit:
-        grey = np.rint(np.asarray(image) / 257)
-        image = Image.fromarray(grey.astype(np.uint8))
+        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -138,23 +143,22 @@ def to_rgb(image):
 
 
 def image_files(folder):
-    """-> sorted paths of all images below a folder. Links are followed, a real folder is visited
-    once. Names that begin with . or @, $RECYCLE.BIN, __MACOSX or lost+found are passed over."""
+    """-> paths of all images below a folder, folder by folder, as torchvision's ImageFolder sorts
+    them. Links are followed, each real folder once; hidden and system folders are passed over."""
     passed_over = (".", "@", "$RECYCLE.BIN", "__MACOSX", "lost+found")
     endings = tuple(Image.registered_extensions())
     visited = set()
     files = []
     for place, folders, names in os.walk(folder, onerror=print, followlinks=True):
-        real_place = os.path.realpath(place)
-        if real_place in visited:
+        folders[:] = sorted(name for name in folders if not name.startswith(passed_over))
+        if os.path.realpath(place) in visited:
             folders.clear()
             continue
-        visited.add(real_place)
-        folders[:] = sorted(name for name in folders if not name.startswith(passed_over))
-        for name in names:
+        visited.add(os.path.realpath(place))
+        for name in sorted(names):
             if name.lower().endswith(endings) and not name.startswith(passed_over):
                 files.append(os.path.join(place, name))
-    return sorted(files)
+    return files
 
 
 def read_image(path):

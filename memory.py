@@ -24,11 +24,11 @@ import hashlib
 import json
 import os
 import sys
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -38,15 +38,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows has no file locks
-    fcntl = None
-
 RANK = 64  # of a bank, by default
 DTYPES = ("int8", "float16", "float32")  # of a bank's coefficients
-BLOCK = 4096  # rows of a bank that are computed at a time
-EQUAL = 1 - 1e-6  # rows of a larger cosine count as the same
+BLOCK = 4096  # rows of a bank are computed so many at a time
 THREADS = ThreadPoolExecutor(min(16, os.cpu_count() or 1))  # they decode images
 
 
@@ -87,8 +81,7 @@ def mix(a, b, alpha, method="slerp"):
 
 @contextmanager
 def full_float32():
-    """Within it nothing has a gradient, and float32 is float32: without autocast and TF32, whatever
-    the caller has switched on."""
+    """Whatever the caller has switched on: no gradients, no autocast, no TF32 within it."""
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
     before = [backend.fp32_precision for backend in backends]
     cpu = torch.autocast("cpu", enabled=False)
@@ -111,32 +104,28 @@ def float_tensor(features, device):
 
 
 def unit_norm(features, first_row=0):
-    """Features (B, D) of the rows from first_row on -> snippets (B, D). InputError with the numbers
-    of rows that have no direction."""
-    norm = features.norm(dim=1, keepdim=True)
-    bad = (~norm.isfinite() | (norm == 0)).flatten().nonzero().flatten() + first_row
+    """Features (B, D) of the rows from first_row on -> snippets (B, D)"""
+    norm = features.norm(dim=1)
+    bad = (~norm.isfinite() | (norm == 0)).nonzero().flatten() + first_row
     if len(bad) > 0:
-        raise InputError(
-            f"features of {len(bad)} rows are NaN, infinite or 0: {bad[:5].tolist()} .."
-        )
-    return features / norm
+        raise InputError(f"features of {len(bad)} rows are NaN, infinite or 0: {bad[:5].tolist()}")
+    return features / norm[:, None]
 
 
 def snippet_blocks(features, device, what):
     """Yields slices of rows and their snippets, float32 (b, D), block by block."""
-    starts = range(0, len(features), BLOCK)
+    starts = range(0, features.shape[0], BLOCK)
     for i in progress(starts, desc=what, unit="block", leave=False, delay=2):
         rows = slice(i, i + BLOCK)
         yield rows, unit_norm(float_tensor(features[rows], device), i)
 
 
 def principal_directions(features, device):
-    """-> mean of the snippets (D,); eigenvectors of their covariance, orthonormal rows
-    (min(N, D), D), largest variance first; these variances (min(N, D),). All float64."""
+    """-> mean of the snippets (D,); eigenvectors of their covariance as rows (min(N, D), D), largest
+    variance first; variances (min(N, D),). All float64."""
     N, D = features.shape
     if N < D:
-        blocks = snippet_blocks(features, device, "snippets")
-        s = torch.cat([s for _, s in blocks]).double()
+        s = torch.cat([s for _, s in snippet_blocks(features, device, "snippets")]).double()
         mean = s.mean(0)
         _, size, directions = torch.linalg.svd(s - mean, full_matrices=False)
         return mean, directions, size.square() / N
@@ -147,17 +136,17 @@ def principal_directions(features, device):
         total += s.sum(0)
         gram += s.T @ s
     mean = total / N
-    values, vectors = torch.linalg.eigh(gram / N - torch.outer(mean, mean))  # ascending
-    return mean, vectors.flip(1).T, values.flip(0).clamp_min(0)
+    variances, vectors = torch.linalg.eigh(gram / N - torch.outer(mean, mean))  # ascending
+    return mean, vectors.flip(1).T, variances.flip(0).clamp_min(0)
 
 
 def quantize(c, dtype):
-    """Coefficients (B, r) float32 -> as they are stored: coef (B, r), scale (B,). In int8 each row
-    is quantised by itself, in steps of a 127th of its largest number."""
-    if dtype != "int8":
-        return c.to(getattr(torch, dtype)), c.new_ones(len(c))
-    scale = c.abs().amax(dim=1).clamp_min(1e-12) / 127
-    return (c / scale[:, None]).round().to(torch.int8), scale
+    """Coefficients (..., r) -> as they are stored: coef (..., r) of dtype, scale (...). int8 counts
+    in steps of a 127th of a row's largest coefficient."""
+    if dtype != torch.int8:
+        return c.to(dtype), c.new_ones(c.shape[:-1])
+    scale = c.abs().amax(-1).clamp_min(1e-12) / 127
+    return (c / scale[..., None]).round().to(dtype), scale
 
 
 # ---------------------------------------------------------------------------------- the memory bank
@@ -165,9 +154,8 @@ def quantize(c, dtype):
 
 @dataclass(frozen=True, eq=False)
 class MemoryBank:
-    """N unit-norm snippets of D numbers: scale_i coef_i @ basis + mean, normalised. Nobody changes
-    a bank: extend and to make new ones. Where (B, D) is taken, one vector (D,) is taken, too.
-    Whatever the caller has switched on, it computes in float32, without gradients."""
+    """N unit-norm snippets of D numbers: scale_i coef_i @ basis + mean, normalised. A bank never
+    changes: extend() and to() make new ones. Where (B, D) is taken, one vector (D,) is taken, too."""
 
     mean: torch.Tensor  # (D,) float32
     basis: torch.Tensor  # (r, D) float32, orthonormal rows, largest variance first
@@ -195,45 +183,37 @@ class MemoryBank:
 
     @staticmethod
     @full_float32()
-    def build(features, rank=RANK, dtype="int8", labels=None, device=None, **fields):
+    def build(features, rank=RANK, dtype="int8", labels=None, device="cpu", **fields):
         """A bank of features (N, D) of any float type and norm: a tensor, an array, a memmap larger
-        than memory, or whatever has a shape and gives rows when sliced. They are read twice, in
-        blocks: for mean and covariance, whose eigenvectors are the basis, and for coefficients.
+        than memory, or whatever has a shape and gives rows when sliced. They are read twice.
 
-        rank    directions kept, or "full": all, and float16 instead of int8; above min(N, D) it is
-                lowered, with a warning
+        rank    directions kept, at most min(N, D); "full": all, and float16 in place of int8
         dtype   of the coefficients, one of DTYPES
         labels  (N,) integers, -1: none
-        device  where it is computed; None: a GPU, where there is one
+        device  where the bank is computed; it is on the CPU
         fields  encoder, classes and mirrored of the bank
-        InputError where shapes or dtype are others, or features are zeros alone, NaN or infinite.
         """
-        shape = tuple(features.shape)
-        labels = torch.full(shape[:1], -1) if labels is None else torch.tensor(np.asarray(labels))
-        if len(shape) != 2 or shape[0] == 0 or labels.shape != shape[:1] or dtype not in DTYPES:
-            raise InputError(
-                f"a bank of features {shape}, labels {tuple(labels.shape)} as {dtype}: expected "
-                f"(N, D), (N,) and one of {', '.join(DTYPES)}"
-            )
-        if rank == "full" and dtype == "int8":
-            dtype = "float16"
-        rank = min(shape) if rank == "full" else int(rank)
-        if rank > min(shape):
-            warnings.warn(f"rank {rank} is lowered to {min(shape)} for features {shape}")
-            rank = min(shape)
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type == "mps":
-            device = torch.device("cpu")  # Apple's GPUs have no float64
+        N, D = features.shape
+        labels = torch.tensor(np.full(N, -1) if labels is None else np.asarray(labels)).long()
+        if labels.shape != (N,) or dtype not in DTYPES:
+            raise InputError(f"{len(labels)} labels, {dtype}: expected {N}, one of {DTYPES}")
+        if rank == "full":
+            rank = min(N, D)
+            dtype = "float16" if dtype == "int8" else dtype
+        rank = min(int(rank), N, D)
+        dtype = getattr(torch, dtype)
+        if torch.device(device).type == "mps":
+            device = "cpu"  # Apple's GPUs have no float64
 
-        mean, directions, values = principal_directions(features, device)
+        mean, directions, variances = principal_directions(features, device)
         mean = mean.float()
         basis = directions[:rank].float().contiguous()
-        coef = torch.empty(shape[0], rank, dtype=getattr(torch, dtype))
-        scale = torch.empty(shape[0], dtype=torch.float32)
+        coef = torch.empty(N, rank, dtype=dtype)
+        scale = torch.empty(N, dtype=torch.float32)
         for rows, s in snippet_blocks(features, device, "coefficients"):
             coef[rows], scale[rows] = quantize((s - mean) @ basis.T, dtype)
-        energy = float(values[:rank].sum() / values.sum().clamp_min(1e-30))
-        bank = MemoryBank(mean.cpu(), basis.cpu(), coef, scale, labels.long(), energy, **fields)
+        energy = float(variances[:rank].sum() / variances.sum().clamp_min(1e-30))
+        bank = MemoryBank(mean.cpu(), basis.cpu(), coef, scale, labels, energy, **fields)
         return replace(bank, id=bank.content_hash())
 
     def content_hash(self):
@@ -259,8 +239,7 @@ class MemoryBank:
 
     def to(self, device):
         """-> the same bank on device, where its rows are then computed"""
-        fields = vars(self)
-        tensors = {name: x.to(device) for name, x in fields.items() if torch.is_tensor(x)}
+        tensors = {name: x.to(device) for name, x in vars(self).items() if torch.is_tensor(x)}
         return replace(self, **tensors)
 
     # ---- rows to snippets, and back
@@ -292,64 +271,52 @@ class MemoryBank:
 
     @full_float32()
     def nearest(self, features, k=1):
-        """Features (B, D) of any norm -> cosine (B, k), index (B, k) of the k most similar snippets,
-        the most similar first; k at most N. B x 4096 cosines are held at once."""
+        """Features (B, D) of any norm -> cosine (B, k), index (B, k) of the k most similar rows, the
+        most similar first. B x 4096 cosines are held at once."""
         s = F.normalize(float_tensor(features, self.coef.device), dim=-1)
-        rows = torch.arange(len(self), device=self.coef.device)
-        cosine, index = self.search(s.reshape(-1, self.dim), rows, k)
-        shape = (*s.shape[:-1], cosine.shape[1])
-        return cosine.reshape(shape), index.reshape(shape)
+        return self.search(s, torch.arange(len(self)), min(k, len(self)))
 
     def search(self, s, rows, k, leave_out_equal=False):
-        """s (B, D) unit-norm, rows (n,) that are compared -> cosine (B, k'), index (B, k'),
-        k' = min(k, n). It takes r + 1 numbers of each row, not D: with p = basis s, m = basis mean
+        """s (B, D) unit-norm -> cosine (B, k), index (B, k) of the most similar among the rows (n,).
+        Where there are fewer than k: cosine -1, index -1. It takes r numbers of each row, not D:
 
-        cos(s, s_i) = (c_i.p + mean.s) / |c_i basis + mean|
-                    = (c_i, 1).(p, mean.s) / sqrt(|c_i|^2 + 2 c_i.m + |mean|^2)
+        cos(s, s_i) = (c_i.(basis s) + mean.s) / |c_i basis + mean|
         """
-        m = self.basis @ self.mean
-        queries = torch.cat([s @ self.basis.T, (s @ self.mean)[:, None]], dim=1)  # (B, r + 1)
-        cosine = s.new_empty(len(s), 0)
-        index = torch.empty(len(s), 0, dtype=torch.int64, device=s.device)
-        for block in rows.split(BLOCK):
+        projected = s @ self.basis.T
+        mean_basis = self.basis @ self.mean
+        cosine = s.new_full((*s.shape[:-1], k), -1)
+        index = torch.full_like(cosine, -1, dtype=torch.int64)
+        for block in rows.to(s.device).split(BLOCK):
             c = self.coefficients(block)
-            square = c.square().sum(1) + 2 * (c @ m) + self.mean @ self.mean
-            keys = torch.cat([c, c.new_ones(len(c), 1)], dim=1)
-            keys /= square.clamp_min(1e-20).sqrt()[:, None]
-            block_cosine = queries @ keys.T
+            square = c.square().sum(1) + 2 * (c @ mean_basis) + self.mean @ self.mean
+            block_cosine = projected @ c.T + (s @ self.mean)[..., None]
+            block_cosine /= square.clamp_min(1e-20).sqrt()
             if leave_out_equal:
-                block_cosine = block_cosine.masked_fill(block_cosine > EQUAL, -2)
-            cosine = torch.cat([cosine, block_cosine], dim=1)
-            index = torch.cat([index, block.expand(len(s), -1)], dim=1)
-            cosine, place = cosine.topk(min(k, cosine.shape[1]))
-            index = index.gather(1, place)
-        return cosine, index
+                block_cosine[block_cosine > 1 - 1e-6] = -1
+            index = torch.cat([index, block.expand_as(block_cosine)], dim=-1)
+            cosine, place = torch.cat([cosine, block_cosine], dim=-1).topk(k)
+            index = index.gather(-1, place)
+        return cosine, index.masked_fill(cosine == -1, -1)
 
     @full_float32()
     def neighbours(self, rows, k, s=None):
-        """rows (B,) -> cosine (B, k), index (B, k) of the k rows most similar to each, the most
-        similar first: of its own class, where it has a label, and of its own half of the bank,
-        original or mirrored images. Rows equal to it are left out. Where there are fewer than k:
-        cosine -1, index -1. With s (B, D): the rows most similar to s, of the class and half of
-        the rows."""
+        """rows (B,) -> cosine (B, k), index (B, k) of the k rows most similar to each, or to s
+        (B, D), the most similar first. They are of the row's class, where it has a label, and of its
+        half of the bank, original or mirrored images. Rows equal to it are left out. Where there
+        are fewer than k: cosine -1, index -1."""
         rows = torch.as_tensor(rows, device=self.coef.device).reshape(-1)
-        cosine = torch.full((len(rows), k), -1.0, device=self.coef.device)
-        index = torch.full((len(rows), k), -1, device=self.coef.device)
-        every_row = torch.arange(len(self), device=self.coef.device)
-        half = (every_row >= self.mirrored) & (every_row < 2 * self.mirrored)
+        queries = self[rows] if s is None else s.to(self.coef.device)
+        cosine = queries.new_empty(len(rows), k)
+        index = torch.empty_like(cosine, dtype=torch.int64)
+        half = torch.zeros_like(self.labels)
+        half[self.mirrored : 2 * self.mirrored] = 1
         group = 2 * self.labels + half
-        for number in group[rows].unique().tolist():
-            members = group == number
-            if number < 0:  # without a label: of any class
-                members = half == (number % 2)
-            places = (group[rows] == number).nonzero().flatten()
+        for number in group[rows].unique():
+            members = group == number if number >= 0 else half == number % 2
+            places = group[rows] == number
             candidates = members.nonzero().flatten()
-            queries = self[rows[places]] if s is None else s[places].to(self.coef.device)
-            found, found_rows = self.search(queries, candidates, k, leave_out_equal=s is None)
-            usable = found > -1.5
-            count = found.shape[1]
-            cosine[places, :count] = torch.where(usable, found, -1)
-            index[places, :count] = torch.where(usable, found_rows, -1)
+            found = self.search(queries[places], candidates, k, leave_out_equal=s is None)
+            cosine[places], index[places] = found
         return cosine, index
 
     @full_float32()
@@ -359,32 +326,25 @@ class MemoryBank:
 
             c_i + spread / sqrt(k) sum_j noise_j (c_j - mean of the c_j)     j: neighbours of row i
 
-        rows   (B,) row numbers
-        noise  (B, k) standard normal numbers; k is the number of neighbours, at most
-        A row with fewer than k neighbours uses all of them; one with fewer than two comes back
-        unchanged."""
+        rows (B,); noise (B, k): standard normal numbers. A row with fewer than k neighbours uses
+        those; with fewer than two it comes back unchanged."""
         noise = torch.as_tensor(noise, dtype=torch.float32, device=self.coef.device)
         rows = torch.as_tensor(rows, device=self.coef.device)
-        k = noise.shape[-1]
-        _, index = self.neighbours(rows, k)
-        found = (index >= 0).float()[..., None]  # (B, k, 1)
-        count = found.sum(1, keepdim=True).clamp_min(1)
-        c_j = self.coefficients(index.clamp_min(0)) * found  # (B, k, r)
-        deviation = (c_j - c_j.sum(1, keepdim=True) / count) * found
-        step = (noise.reshape(-1, k, 1) * deviation / count.sqrt()).sum(1)
+        _, index = self.neighbours(rows, noise.shape[-1])
+        c_j = self.coefficients(index)  # (B, k, r)
+        c_j[index < 0] = torch.nan
+        deviation = c_j - c_j.nanmean(1, keepdim=True)
+        k = (index >= 0).float().sum(1, keepdim=True).clamp_min(1)
+        step = (noise[..., None] * deviation).nansum(1) / k.sqrt()
         return self.decode(self.coefficients(rows) + spread * step.reshape(*rows.shape, -1))
 
     # ---- rows are added
 
     @full_float32()
     def extend(self, features, labels=None):
-        """-> a new bank: the rows of this one, which stay what they are, then features (B, D).
-        Their part outside of the basis becomes new directions: up to one for each image, so the
-        rank grows from call to call. The whole bank is copied: add images in one call.
-
-        labels  (B,) of the new rows; None: they have none
-        InputError where features hold zeros alone, NaN or infinity.
-        """
+        """-> a new bank: the rows of this one, which stay what they are, then features (B, D), with
+        labels (B,) or none. What of them is outside of the basis becomes new directions: up to one
+        for each image. The whole bank is copied: add images in one call."""
         s = unit_norm(float_tensor(features, "cpu").reshape(-1, self.dim)).double()
         old = self.to("cpu")
         basis = old.basis.double()
@@ -393,16 +353,15 @@ class MemoryBank:
         _, size, new = torch.linalg.svd(rest, full_matrices=False)
         new = new[size > 1e-4]
         new = new - new @ basis.T @ basis  # the basis is orthonormal to rounding only
-        new = torch.linalg.qr(new.T)[0].T
 
-        coef, scale = quantize(torch.cat([c, rest @ new.T], dim=1).float(), str(old.coef.dtype)[6:])
-        labels = -1 if labels is None else labels
+        coef, scale = quantize(torch.cat([c, rest @ new.T], dim=1).float(), old.coef.dtype)
+        labels = torch.as_tensor(-1 if labels is None else labels).expand(len(s))
         bank = replace(
             old,
             basis=torch.cat([old.basis, new.float()]),
             coef=torch.cat([F.pad(old.coef, (0, len(new))), coef]),
             scale=torch.cat([old.scale, scale]),
-            labels=torch.cat([old.labels, torch.as_tensor(labels).expand(len(s))]),
+            labels=torch.cat([old.labels, labels]),
         )
         return replace(bank, id=bank.content_hash()).to(self.coef.device)
 
@@ -422,14 +381,13 @@ class MemoryBank:
 def to_rgb(image):
     """PIL image -> RGB, 8 bits: upright, transparency on white, 16-bit grey scaled to 8 bits.
     InputError for floats and 32-bit integers, in which black and white are not defined."""
-    is_png_or_pgm = image.format in ("PNG", "PPM")  # of 16 bits, also where Pillow opens it as I
-    is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and is_png_or_pgm)
+    has_16_bits = image.format in ("PNG", "PPM")  # where Pillow opens it as I
+    is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and has_16_bits)
     if image.mode in ("I", "F") and not is_16_bit:
         raise InputError(f"mode {image.mode} has no black and white: save it with 8 or 16 bits")
     image = ImageOps.exif_transpose(image)
     if is_16_bit:
-        grey = np.rint(np.asarray(image) / 257)
-        image = Image.fromarray(grey.astype(np.uint8))
+        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -437,39 +395,33 @@ def to_rgb(image):
 
 
 def image_files(folder):
-    """-> sorted paths of all images below a folder. Links are followed, a real folder is visited
-    once. Names that begin with . or @, $RECYCLE.BIN, __MACOSX or lost+found are passed over."""
+    """-> paths of all images below a folder, folder by folder, as torchvision's ImageFolder sorts
+    them. Links are followed, each real folder once; hidden and system folders are passed over."""
     passed_over = (".", "@", "$RECYCLE.BIN", "__MACOSX", "lost+found")
     endings = tuple(Image.registered_extensions())
     visited = set()
     files = []
     for place, folders, names in os.walk(folder, onerror=print, followlinks=True):
-        real_place = os.path.realpath(place)
-        if real_place in visited:
+        folders[:] = sorted(name for name in folders if not name.startswith(passed_over))
+        if os.path.realpath(place) in visited:
             folders.clear()
             continue
-        visited.add(real_place)
-        folders[:] = sorted(name for name in folders if not name.startswith(passed_over))
-        for name in names:
+        visited.add(os.path.realpath(place))
+        for name in sorted(names):
             if name.lower().endswith(endings) and not name.startswith(passed_over):
                 files.append(os.path.join(place, name))
-    return sorted(files)
+    return files
 
 
-def read_image(path, draft=None):
-    """-> RGB PIL image; draft: a size that is enough, so that a JPEG is decoded smaller"""
+def read_image(path):
     with Image.open(path) as file:
-        if draft is not None:
-            file.draft("RGB", (draft, draft))
         return to_rgb(file)
 
 
 def center_crop(image, size):
     """The crop of ADM and DiT: box filter while twice too large, then bicubic, then the centre."""
     longest = 8 * min(image.size)  # of a banner the middle alone: enlarged, it would take gigabytes
-    margin_x = max(0, image.width - longest) // 2
-    margin_y = max(0, image.height - longest) // 2
-    image = image.crop((margin_x, margin_y, image.width - margin_x, image.height - margin_y))
+    image = ImageOps.fit(image, (min(image.width, longest), min(image.height, longest)))
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     ratio = size / min(image.size)
@@ -482,7 +434,7 @@ def center_crop(image, size):
 def fault_of(path):
     """-> what is wrong with an image file, "" if nothing is"""
     try:
-        read_image(path, draft=64)
+        read_image(path)
     except Exception as e:  # noqa: BLE001 - whatever the bytes of a damaged file make Pillow raise
         return f"{path} ({type(e).__name__}: {e})"
     return ""
@@ -496,12 +448,10 @@ def read_folder(src, skip_bad=False):
     broken = [fault for fault in faults if fault]
     if broken:
         message = f"{len(broken):,} of {len(files):,} images do not decode: {'; '.join(broken)}"
-        if not skip_bad or len(broken) == len(files):
+        if not skip_bad:
             raise InputError(f"{message}; --skip-bad leaves them out")
         print(message)
-    # in the order of torchvision's ImageFolder: class by class
     files = [file for file, fault in zip(files, faults) if not fault]
-    files.sort(key=lambda path: path.split(os.sep)[:-1])
     folders = [os.path.dirname(os.path.relpath(file, src)).split(os.sep)[0] for file in files]
     classes, labels = np.unique(folders, return_inverse=True)
     if not files or (len(classes) > 1 and "" in classes):
@@ -525,10 +475,8 @@ def read_array(src):
 
 
 class Images:
-    """images[i] -> uint8 (size, size, 3), of a source as the head of this file has it.
-
-    labels (N,) int64, -1: none; classes: their names, [] without labels; files: paths of the
-    images, None for arrays."""
+    """images[i] -> uint8 (size, size, 3), of a source as the head of this file has it. labels (N,)
+    int64, -1: none; classes: their names; files: paths of the images, None for arrays."""
 
     def __init__(self, src, size, skip_bad=False):
         self.size = size
@@ -537,12 +485,11 @@ class Images:
             self.classes = list(src.partition(":")[2] or LETTERS)
             self.array, labels = glyphs(size=size, characters=self.classes)
         elif os.path.isdir(src):
-            folder = on_process_zero(read_folder, src, skip_bad)
-            self.files, labels, self.classes = folder
+            self.files, labels, self.classes = on_process_zero(read_folder, src, skip_bad)
         elif src.endswith((".npy", ".npz")):
             self.array, labels, self.classes = read_array(src)
         else:
-            Image.open(src).close()
+            Image.open(src).close()  # errors come now
             self.files, labels, self.classes = [src], [-1], []
         self.labels = np.array(labels, np.int64)
 
@@ -594,8 +541,7 @@ def glyphs(n=10400, size=16, seed=0, characters=LETTERS):
         ink = Image.new("L", (big, big))
         draw = ImageDraw.Draw(ink)
         font = fonts[height[i]]
-        bold = round(0.03 * big)
-        draw.text(tuple(place[i]), characters[labels[i]], 255, font, "mm", stroke_width=bold)
+        draw.text(place[i], characters[labels[i]], 255, font, "mm", stroke_width=round(0.03 * big))
         ink = ink.rotate(angle[i], Image.BILINEAR).resize((size, size), Image.BOX)
         along = 0.5 + np.cos(direction[i]) * x + np.sin(direction[i]) * y
         paper = back[i] + along * (end[i] - back[i])
@@ -627,13 +573,11 @@ def stats_tensor(meta, device):
 
 def normalize_latents(latents, stats):
     """Latents as they are stored (B, C, h, w) -> as the network sees them, float32"""
-    mean, std = stats
-    return (latents.float() - mean) / std
+    return (latents.float() - stats[0]) / stats[1]
 
 
 def denormalize_latents(x, stats):
-    mean, std = stats
-    return x * std + mean
+    return x * stats[1] + stats[0]
 
 
 def in_batches(f, images, device):
@@ -657,24 +601,10 @@ def encode_features(images, encoder, device="cpu"):
 
 # ----------------------------------------------------------------------------- preparing a data set
 
-# the settings of a preparation, by default; main() says what they are
-DEFAULTS = {
-    "image_size": 256,
-    "tokenizer": "pixel",
-    "latent_stats": None,
-    "encoder": "thumbnail",
-    "rank": RANK,
-    "flip": False,
-    "skip_bad": False,
-    "features": None,
-    "dtype": "int8",
-    "patches": False,
-}
-
 
 class Blocks:
-    """Arrays in .npy files of a folder, which the processes of one machine fill, `size` of num_rows
-    rows at a time. A killed command goes on where it stopped.
+    """Arrays in .npy files of a folder, which the processes of one machine fill, `size` rows at a
+    time. A killed command goes on where it stopped.
 
     arrays  name -> (shape, dtype); then name -> memmap; "done" is added: which blocks are filled
     todo    the ranges of rows that are left to this process
@@ -682,6 +612,7 @@ class Blocks:
 
     def __init__(self, folder, settings, arrays, num_rows, size):
         process, num_processes = rank_world()
+        self.size = size
         path = f"{folder}/progress.json"
         arrays = {**arrays, "done": ((-(-num_rows // size),), "bool")}
         if process == 0:
@@ -697,6 +628,15 @@ class Blocks:
         self.todo = [range(num_rows)[i * size : (i + 1) * size] for i in left]
         barrier()  # before anybody is done with a block
 
+    def fill(self, desc):
+        """Yields the blocks of todo. A block is done when the next one is asked for."""
+        with progress(desc=desc, total=sum(map(len, self.todo)), unit="img") as bar:
+            for rows in self.todo:
+                yield rows
+                self.arrays["done"][rows.start // self.size] = True
+                bar.update(len(rows))
+        barrier()
+
 
 def is_prepared(out, src, settings):
     """Whether a folder was prepared with these settings. InputError where it was with others, or
@@ -707,17 +647,19 @@ def is_prepared(out, src, settings):
     was = {**meta["settings"], "images": meta["images"]}
     if os.path.isdir(src) and not settings["skip_bad"]:
         settings = {**settings, "images": len(image_files(src))}
-    refuse_differences(was, settings, f"{out} was prepared")
+    now = {name: settings[name] for name in settings if name != "patches" or settings[name]}
+    refuse_differences(was, now, f"{out} was prepared")
     return True
 
 
 def load_features(path):
     """-> (N, D), of an .npy (mapped), or a .pt with one tensor, as the official GMem's banks"""
-    if path.endswith(".npy"):
-        return np.load(path, mmap_mode="r")
     from model import load_file
 
-    return load_file(path)
+    features = np.load(path, mmap_mode="r") if path.endswith(".npy") else load_file(path)
+    if len(features.shape) != 2:
+        raise InputError(f"{path} holds {tuple(features.shape)}, expected features (N, D)")
+    return features
 
 
 def patch_basis(path, images, encode, device):
@@ -725,7 +667,7 @@ def patch_basis(path, images, encode, device):
     if not os.path.exists(path):
         rows = np.linspace(0, len(images) - 1, min(len(images), 256)).astype(int)
         tokens = in_batches(lambda x: encode(x)[1:], images.batch(rows), device)[0]
-        MemoryBank.build(tokens.flatten(0, 1), min(RANK, tokens.shape[2]), device=device).save(path)
+        MemoryBank.build(tokens.flatten(0, 1), device=device).save(path)
 
 
 def encode_images(images, tokenizer, encode, out, settings, device):
@@ -734,7 +676,7 @@ def encode_images(images, tokenizer, encode, out, settings, device):
     n = len(images)
     first_rows = (0, n) if settings["flip"] else (0,)
     N = n * len(first_rows)
-    blank = torch.zeros(1, 3, settings["image_size"], settings["image_size"], device=device)
+    blank = torch.zeros(1, 3, images.size, images.size, device=device)
     features, tokens = encode(blank)
     arrays = {"latents": ((N, *tokenizer.encode(blank).shape[1:]), tokenizer.dtype)}
     if settings["features"] is None:
@@ -755,70 +697,64 @@ def encode_images(images, tokenizer, encode, out, settings, device):
         parts["features"], tokens = encode(x)
         if settings["patches"]:
             c = patch_bank.project(tokens)
-            coef, scale = quantize(c.flatten(0, 1), "int8")
-            parts["patches"] = coef.view(c.shape)
-            parts["patch_scales"] = scale.view(c.shape[:2])
+            parts["patches"], parts["patch_scales"] = quantize(c, torch.int8)
         return [parts[name] for name in arrays]
 
-    with progress(desc="encoding", total=sum(map(len, blocks.todo)), unit="img") as bar:
-        for rows, x in zip(blocks.todo, ahead(images.batch, blocks.todo)):
-            for first_row in first_rows:
-                values = in_batches(encode_batch, x.flip(2) if first_row else x, device)
-                finite = values[0].isfinite().flatten(1).all(1)
-                if not finite.all():
-                    i = rows[int(finite.long().argmin())]
-                    name = i if images.files is None else images.files[i]
-                    raise InputError(f"image {name}: its latents overflow {tokenizer.dtype}")
-                place = slice(first_row + rows.start, first_row + rows.stop)
-                for name, value in zip(arrays, values):
-                    blocks.arrays[name][place] = value
-            blocks.arrays["done"][rows.start // 256] = True
-            bar.update(len(rows))
-    barrier()
+    for rows, x in zip(blocks.fill("encoding"), ahead(images.batch, blocks.todo)):
+        for first_row in first_rows:
+            values = in_batches(encode_batch, x.flip(2) if first_row else x, device)
+            finite = values[0].isfinite().flatten(1).all(1)
+            if not finite.all():
+                i = rows[int(finite.long().argmin())]
+                name = i if images.files is None else images.files[i]
+                raise InputError(f"image {name}: its latents overflow {tokenizer.dtype}")
+            for name, value in zip(arrays, values):
+                blocks.arrays[name][first_row + rows.start : first_row + rows.stop] = value
     return blocks
 
 
-def prepare(src, out, device="cpu", **options):
-    """Images of src -> out/latents.npy (N, C, h, w), labels.npy (N,), bank.pt, files.txt (their
+def prepare(data, out, device="cpu", **options):
+    """Images of data -> out/latents.npy (N, C, h, w), labels.npy (N,), bank.pt, files.txt (their
     order) and meta.json; with patches also patches.npy (N, T, 64) and patch_scales.npy (N, T),
     int8 coefficients in the basis of patches.pt.
 
-    options: of DEFAULTS. With flip the mirror images come after the others. A killed preparation
-    goes on; of several processes on one machine each encodes a share.
+    options: flags of the command, as image_size=64. With flip the mirror images come after the
+    others. A killed preparation goes on; of several processes on one machine each encodes a share.
     """
     from model import load_encoder, load_tokenizer
 
-    assert set(options) <= set(DEFAULTS), options
-    settings = {**DEFAULTS, **options, "source": src}
+    settings = vars(make_parser().parse_args([f"--out={out}"]))
+    assert set(options) <= set(settings), options
+    settings = {**settings, **options, "source": data}
+    del settings["data"], settings["out"]
     for name, value in settings.items():
         if isinstance(value, str) and (os.path.isfile(value) or name == "source"):
             settings[name] = value if is_glyphs(value) else os.path.abspath(value)
-    if on_process_zero(is_prepared, out, src, settings):
+    if on_process_zero(is_prepared, out, data, settings):
         return
     if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) < rank_world()[1]:
         raise InputError("several nodes cannot fill one file: prepare on one node")
     tokenizer = process_zero_first(load_tokenizer, settings["tokenizer"], device)
     encode = process_zero_first(load_encoder, settings["encoder"], device)
-    images = Images(src, settings["image_size"], settings["skip_bad"])
+    images = Images(data, settings["image_size"], settings["skip_bad"])
     labels = np.tile(images.labels, 1 + settings["flip"])
     stats = known_stats(settings["tokenizer"], settings["latent_stats"])
-    if stats is not None and not len(stats[0]) == len(stats[1]) == tokenizer.channels:
-        numbers = f"{len(stats[0])} means and {len(stats[1])} deviations of latents"
-        raise InputError(f"{numbers}, expected {tokenizer.channels}, one for each channel")
+    if stats is not None and len(stats[0]) != tokenizer.channels:
+        raise InputError(f"latents have {tokenizer.channels} channels, their mean {len(stats[0])}")
     if settings["features"] is not None:
         features = load_features(settings["features"])
         if len(features) != len(labels):
             raise InputError(f"{len(features):,} rows of features for {len(labels):,} images")
 
     blocks = encode_images(images, tokenizer, encode, out, settings, device)
-    latents = blocks.arrays["latents"]
-    if stats is None:
-        rows = np.linspace(0, len(latents) - 1, min(len(latents), 10_000)).astype(int)
-        sample = latents[rows].astype(np.float64)
-        stats = sample.mean((0, 2, 3)).tolist(), sample.std((0, 2, 3)).tolist()
-    if settings["features"] is None:
-        features = blocks.arrays["features"]
     if rank_world()[0] == 0:
+        latents = blocks.arrays["latents"]
+        if stats is None:
+            rows = np.linspace(0, len(latents) - 1, min(len(latents), 10_000)).astype(int)
+            sample = latents[rows].astype(np.float64)
+            stats = sample.mean((0, 2, 3)).tolist(), sample.std((0, 2, 3)).tolist()
+        if settings["features"] is None:
+            features = blocks.arrays["features"]
         fields = {"encoder": last_part(settings["features"] or settings["encoder"])}
         fields.update(classes=tuple(images.classes), mirrored=len(images) * settings["flip"])
         rank = settings["rank"]
@@ -848,10 +784,10 @@ def save_prepared(out, bank, meta, files):
 
 
 def progress(items=None, **options):
-    """A bar, in process 0; where stderr is no terminal, a line every 30 s at most."""
+    """A bar, in process 0; where stderr is no terminal, at most a line in 30 s."""
     interval = 0.1 if sys.stderr.isatty() else 30
-    options.update(mininterval=interval, maxinterval=max(10, interval))
-    return tqdm(items, disable=rank_world()[0] > 0, **options)
+    hidden = rank_world()[0] > 0
+    return tqdm(items, disable=hidden, mininterval=interval, maxinterval=30, **options)
 
 
 def last_part(path):
@@ -872,14 +808,9 @@ def refuse_differences(was, now, what):
 def ahead(f, items):
     """Yields f(item) for each item; a thread works on the next one while this one is used."""
     with ThreadPoolExecutor(1) as thread:
-        pending = None
-        for item in items:
-            begun = thread.submit(f, item)
-            if pending is not None:
-                yield pending.result()
-            pending = begun
-        if pending is not None:
-            yield pending.result()
+        begun = (thread.submit(f, item) for item in items)
+        for this, _next in pairwise(chain(begun, [None])):  # the next one is begun by then
+            yield this.result()
 
 
 @contextmanager
@@ -904,11 +835,14 @@ def lock_folder(folder):
     locked it."""
     os.makedirs(folder, exist_ok=True)
     file = open(f"{folder}/.lock", "w")  # noqa: SIM115 - it stays open
-    if fcntl is not None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise InputError(f"another command is writing to {folder}") from e
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass  # Windows has no file locks
+    except BlockingIOError as e:
+        raise InputError(f"another command is writing to {folder}") from e
     return file
 
 
@@ -938,7 +872,7 @@ def default_dtype(device):
 
 def rank_world():
     """-> this process's rank, number of processes (0, 1 without torch.distributed)"""
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
@@ -976,9 +910,9 @@ def cli(main):
     """Runs main(). An InputError or OSError ends as one line on stderr, with exit code 2."""
     try:
         main()
-    except (ValueError, OSError) as e:
+    except Exception as e:
         # by name, because model.py has an InputError of its own, so that it can be copied alone
-        if isinstance(e, ValueError) and type(e).__name__ != "InputError":
+        if not isinstance(e, OSError) and type(e).__name__ != "InputError":
             raise
         print(f"{os.path.basename(sys.argv[0])}: error: {e}", file=sys.stderr)
         sys.exit(2)
@@ -1006,24 +940,25 @@ def add_data_flags(parser, image_size):
     add("--skip-bad", action=flag, default=False, help="leave out images that do not decode")
 
 
-def main():
+def make_parser():
     parser = argparse.ArgumentParser(description="Images to latents and a memory bank.")
     add = parser.add_argument
-    add(
-        "--data", metavar="SRC", help="images: a folder, .npy or .npz of uint8 (N,H,W,3), or glyphs"
-    )
+    add("--data", metavar="SRC", help="a folder, .npy or .npz of uint8 (N, H, W, 3), or glyphs")
     add("--out", required=True, help="folder, or without --data the file of a bank")
     add_data_flags(parser, image_size=256)
     add("--features", metavar="F", help="features (N, D), .npy or .pt, instead of --encoder")
     add("--dtype", choices=DTYPES, default="int8", help="dtype of the bank's coefficients")
     add("--patches", action="store_true", help="keep the patch tokens, for train.py --align")
-    args = parser.parse_args()
-    if args.data is None and args.features is None:
-        parser.error("give --data (images) or --features (a matrix), or both")
+    return parser
 
+
+def main():
+    args = make_parser().parse_args()
+    if args.data is None and args.features is None:
+        raise InputError("give --data (images) or --features (a matrix), or both")
     device = init_distributed()
     if args.data is not None:
-        prepare(args.data, args.out, device, **{name: getattr(args, name) for name in DEFAULTS})
+        prepare(device=device, **vars(args))
         if rank_world()[0] == 0:
             print(f"{args.out}: {MemoryBank.load(f'{args.out}/bank.pt')}")
     elif os.path.exists(args.out):

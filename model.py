@@ -224,7 +224,7 @@ class FinalLayer(nn.Module):
 
 
 class SiT(nn.Module):
-    """v(x_t, t, s): see forward. Call standardize_snippets before training on a memory bank."""
+    """v(x_t, t, s): see forward. With memory_center, standardize_snippets comes before training."""
 
     def __init__(self, config):
         super().__init__()
@@ -512,26 +512,26 @@ def load_into(weights, network, *args):
 def official_config(weights):
     """The SiTConfig of official weights (SiT, LightningDiT, GMem), read off names and shapes."""
 
-    def length(key, axis=0):
-        return weights[key].shape[axis] if key in weights else 0
+    def shape(key):  # zeros where the weights lack it
+        return weights[key].shape if key in weights else (0, 0)
 
     hidden_size, in_channels, patch_size, _ = weights["x_embedder.proj.weight"].shape
     depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
     return SiTConfig(
-        input_size=patch_size * math.isqrt(length("pos_embed", axis=1)),
+        input_size=patch_size * math.isqrt(shape("pos_embed")[1]),
         patch_size=patch_size,
         in_channels=in_channels,
         hidden_size=hidden_size,
         depth=depth,
         num_heads=16 if hidden_size == 1152 else hidden_size // 64,
-        memory_dim=length("condition_projection.linear.weight", axis=1),
-        num_classes=max(0, length("y_embedder.embedding_table.weight") - 1),
-        learn_sigma=length("final_layer.linear.bias") == 2 * in_channels * patch_size**2,
+        memory_dim=shape("condition_projection.linear.weight")[1],
+        num_classes=max(0, shape("y_embedder.embedding_table.weight")[0] - 1),
+        learn_sigma=shape("final_layer.linear.bias")[0] == 2 * in_channels * patch_size**2,
         swiglu="blocks.0.mlp.w12.weight" in weights,
         rmsnorm="blocks.0.norm1.weight" in weights,
         rope="feat_rope.freqs_cos" in weights,
         qk_norm="blocks.0.attn.q_norm.weight" in weights,
-        align_dim=length("projector.0.4.bias"),
+        align_dim=shape("projector.0.4.bias")[0],
         align_depth=min(4, depth),
     )
 
@@ -626,6 +626,8 @@ class AutoencoderKL(nn.Module):
     AutoencoderKL(32, (128, 128, 256, 256, 512), attention_levels=(4,)).
     """
 
+    dtype = "float16"  # of latents on disk
+
     def __init__(self, channels=4, widths=(128, 256, 512, 512), num_blocks=2, attention_levels=()):
         super().__init__()
         last = len(widths) - 1
@@ -659,12 +661,11 @@ class AutoencoderKL(nn.Module):
         )
 
     def encode(self, x):
-        """-> mean and log variance of the latents' distribution"""
-        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
-        return mean, logvar.clamp(-30, 20)
+        """-> the mean of the latents' distribution; computed in float32, as in the official code"""
+        return self.quant_conv(self.encoder(x)).chunk(2, dim=1)[0]
 
     def decode(self, z):
-        return self.decoder(self.post_quant_conv(z))
+        return self.decoder(self.post_quant_conv(z.float()))
 
 
 SD_VAE = "https://huggingface.co/stabilityai/sd-vae-ft-ema/resolve/main"
@@ -800,32 +801,15 @@ class Pixels:
     def encode(self, x):
         return ((x + 1) * 127.5).round()
 
-    def decode(self, z, dtype="float32"):
+    def decode(self, z):
         return z / 127.5 - 1
 
 
-class Autoencoder:
-    """Images (B, 3, H, W) in [-1, 1] <-> latents (B, C, H / factor, W / factor), the means: float16
-    on disk, computed in float32 as in the official code. source: see load_autoencoder."""
-
-    dtype = "float16"
-
-    def __init__(self, source, device):
-        self.model = load_autoencoder(source).to(device).requires_grad_(False)
-        self.channels = self.model.channels
-        self.factor = self.model.factor
-
-    def encode(self, x):
-        return self.model.encode(x)[0]
-
-    def decode(self, z, dtype="float32"):
-        with torch.autocast(z.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-            return self.model.decode(z.float()).float()
-
-
 def load_tokenizer(name, device):
-    """-> Pixels or Autoencoder. name: pixel, or a name or file of an autoencoder"""
-    return Pixels() if name == "pixel" else Autoencoder(name, device)
+    """-> Pixels or AutoencoderKL. name: pixel, or a name or file of an autoencoder"""
+    if name == "pixel":
+        return Pixels()
+    return load_autoencoder(name).to(device).requires_grad_(False)
 
 
 def thumbnail(x):

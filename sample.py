@@ -13,9 +13,6 @@
 CKPT is a checkpoint, or the folder of a training; the bank is the bank.pt beside it. An .npz is in
 ADM's format: arr_0, uint8 (N, H, W, 3). Image i depends on (seed, i) alone, not on the batch size or
 the number of processes (but for rounding). A killed command, given again, goes on.
-
-A snippet of --new is a row of the bank plus a random step, of the size --spread, in the directions
-in which the neighbours of the row differ (MemoryBank.around).
 """
 
 import argparse
@@ -37,7 +34,7 @@ from model import guided, load_file, load_sit, load_tokenizer, ode, sde
 
 NEIGHBOURS = 10  # nearest rows, whose covariance gives the step of --new
 TRAINING, NOISE, NEW = 0, 1, 3  # each purpose has its own stream of random numbers
-SAMPLER = ("seed", "method", "steps", "shift", "cfg", "cfg_interval", "dtype")  # of generate
+SAMPLER = ("seed", "method", "steps", "shift", "cfg", "interval", "dtype")  # of generate
 METHODS = ("euler", "heun", "sde-euler", "sde-heun")
 
 # -------------------------------------------------------------------------- from snippets to images
@@ -59,24 +56,12 @@ def draw_rows(ids, seed, count):
 
 
 def generate(
-    model,
-    ids,
-    s=None,
-    y=None,
-    seed=0,
-    method="heun",
-    steps=25,
-    shift=0.0,
-    cfg=1.0,
-    cfg_interval=(0.0, 1.0),
-    dtype="float32",
+    model, ids, s, y, seed=0, method="heun", steps=25, shift=0, cfg=1, interval=(0, 1), dtype=None
 ):
     """The images numbered ids of the stream `seed` -> latents (B, C, H, W), as the model sees them.
 
-    s       (B, D) snippets of any norm, if the model has memory
-    y       (B,) labels, if it has these
-    method  one of METHODS; see model.ode, model.sde and model.guided
-    dtype   of the network: bfloat16 or float32
+    s, y    (B, D) snippets of any norm, (B,) labels; None, if the model has none
+    method  one of METHODS; see model.ode, model.sde and model.guided for the others
     """
     config = model.config
     device = next(model.parameters()).device
@@ -88,20 +73,19 @@ def generate(
 
     s = None if s is None else s.to(device)
     y = None if y is None else y.to(device)
-    v = guided(model, s, y, cfg, cfg_interval)
+    v = guided(model, s, y, cfg, interval)
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
         if method.startswith("sde-"):
             return sde(v, noise(), steps, method.removeprefix("sde-"), noise)
         return ode(v, noise(), steps, method, shift)
 
 
-def decode(x, meta, tokenizer, dtype="float32"):
-    """Latents as the model makes them (B, C, h, w) -> uint8 images (B, H, W, 3), numpy. InputError
-    where they are not finite."""
+def decode(x, meta, tokenizer):
+    """Latents as the model makes them (B, C, h, w) -> uint8 images (B, H, W, 3), numpy"""
     if not x.isfinite().all():
         raise InputError("the samples are not finite: look at the weights and the snippets")
     latents = memory.denormalize_latents(x, memory.stats_tensor(meta, x.device))
-    images = torch.cat([tokenizer.decode(part, dtype) for part in latents.split(16)])
+    images = torch.cat([tokenizer.decode(part) for part in latents.split(16)])
     images = ((images + 1) * 127.5).clamp(0, 255).round().byte()
     return images.permute(0, 2, 3, 1).cpu().numpy()
 
@@ -111,21 +95,17 @@ def decode(x, meta, tokenizer, dtype="float32"):
 
 def new_snippets(bank, rows, ids, seed=0, spread=1.0):
     """Snippets (B, D), each around its row of the bank, that belong to no training image"""
-    parts = []
-    for i in range(0, len(ids), 1024):
-        generators = generators_of(NEW, seed, ids[i : i + 1024])
-        noise = torch.stack([torch.randn(NEIGHBOURS, generator=g) for g in generators])
-        parts.append(bank.around(rows[i : i + 1024], noise, spread).cpu())
-    return torch.cat(parts)
+    noise = [torch.randn(NEIGHBOURS, generator=g) for g in generators_of(NEW, seed, ids)]
+    return bank.around(rows, torch.stack(noise), spread).cpu()
 
 
 def novelty(bank, rows, s):
     """Median distance of snippets s (B, D) to the nearest row of the class and half of their rows,
-    over that of these rows to their nearest other row; distances are sqrt(2 - 2 cos)"""
+    over that of these rows to their nearest other row"""
     of_new, _ = bank.neighbours(rows, 1, s)
     of_rows, _ = bank.neighbours(rows, 1)
-    distance = (2 - 2 * of_new).clamp_min(0).sqrt().median()
-    return (distance / (2 - 2 * of_rows).clamp_min(1e-12).sqrt().median()).item()
+    ratio = (1 - of_new).median() / (1 - of_rows).median()  # |a - b|^2 = 2 - 2 cos
+    return ratio.clamp_min(0).sqrt().item()
 
 
 def read_images(paths, size):
@@ -147,28 +127,8 @@ def class_number(label, names, counts):
     if label in names:
         number = names.index(label)
     if not 0 <= number < len(counts) or counts[number] == 0:
-        known = [str(i) for i, count in enumerate(counts) if count > 0]
-        known = ", ".join(names[int(i)] if names else i for i in known) or "none"
-        raise InputError(f"--label {label}: no such class; there are: {known}")
+        raise InputError(f"--label {label}: no such class of {', '.join(names) or len(counts)}")
     return number
-
-
-def draw_bank_rows(bank, ids, seed, label=None):
-    """-> the row of the bank whose snippet each image is made of (B,); of the class `label`"""
-    if label is None:
-        return draw_rows(ids, seed, len(bank))
-    counts = torch.bincount(bank.labels[bank.labels >= 0]).tolist()
-    number = class_number(label, bank.classes, counts)
-    rows = (bank.labels == number).nonzero().flatten().cpu()
-    return rows[draw_rows(ids, seed, len(rows))]
-
-
-def draw_labels(ids, seed, counts, names, label=None):
-    """-> labels (B,): `label` for all, or each class as often as counts has it"""
-    if label is not None:
-        return torch.full((len(ids),), class_number(label, names, counts))
-    up_to = torch.tensor(counts).cumsum(0)
-    return torch.searchsorted(up_to, draw_rows(ids, seed, int(up_to[-1])), right=True)
 
 
 # ------------------------------------------------------------------------------------ does it copy?
@@ -177,30 +137,23 @@ def draw_labels(ids, seed, counts, names, label=None):
 def nearest_latents(x, data, stats, k):
     """x (B, C, h, w) as the model sees it, data (N, C, h, w) as it is stored -> root mean square
     distances (B, k) to the nearest of data, their rows (B, k)"""
-    nearest = x.new_empty(len(x), 0)
-    rows = torch.empty(len(x), 0, dtype=torch.int64)
+    nearest = x.new_full((len(x), k), torch.inf)
+    rows = torch.full((len(x), k), -1)
     for i in memory.progress(range(0, len(data), 1024), desc="comparing", unit="block"):
         block = memory.normalize_latents(torch.tensor(data[i : i + 1024]), stats)
         distance = torch.cdist(x.flatten(1), block.flatten(1)) / x[0].numel() ** 0.5
-        nearest = torch.cat([nearest, distance], dim=1)
         rows = torch.cat([rows, torch.arange(i, i + len(block)).expand_as(distance)], dim=1)
-        nearest, order = nearest.topk(min(k, nearest.shape[1]), largest=False)
+        nearest, order = torch.cat([nearest, distance], dim=1).topk(k, largest=False)
         rows = rows.gather(1, order)
     return nearest, rows
 
 
 def audit(made, data, stats, held_out=None, mirrored=0):
-    """Does the model copy? Prints distances between images: root mean squares over a latent, as the
-    model sees it.
-
-    made, held_out  (B, C, h, w) of generated images, and of images that it never saw, or None
-    data            (N, C, h, w) of the training, as it is stored
-    mirrored        n > 0: rows n .. 2n-1 of data are the mirror images of rows 0 .. n-1
-    -> (B,) distance to the nearest training image; its row; its distance to its nearest other one
-    """
-    distance, row = nearest_latents(made, data, stats, 1)
-    distance = distance[:, 0]
-    row = row[:, 0]
+    """Does the model copy? Prints distances between latents as the model sees them, root mean
+    squares. made, held_out: (B, C, h, w), held_out may be None; data (N, C, h, w): of the training,
+    as it is stored; mirrored: as in MemoryBank.
+    -> (B,) distance to the nearest training image; its row; its distance to its nearest other one"""
+    distance, row = (part[:, 0] for part in nearest_latents(made, data, stats, 1))
     known = memory.normalize_latents(torch.tensor(data[row.numpy()]), stats)
     near, near_rows = nearest_latents(known, data, stats, 3)
     period = mirrored or len(data)
@@ -217,9 +170,8 @@ def audit(made, data, stats, held_out=None, mirrored=0):
 
 
 def write_audit(out, images, unseen, meta, folder, tokenizer, device):
-    """Compares images with latents.npy of the folder. Writes, beside --out, a .json with a line for
-    each image, and a .png of the first ones above their nearest training images. unseen: held-out
-    memory.Images, or None."""
+    """Compares images with latents.npy of the folder; unseen: held-out memory.Images, or None. Writes
+    a .json, a line for each image, and a .png: the first ones above their nearest training images."""
     data = np.load(f"{folder}/latents.npy", mmap_mode="r")
     stats = memory.stats_tensor(meta, "cpu")
 
@@ -241,13 +193,12 @@ def write_audit(out, images, unseen, meta, folder, tokenizer, device):
     if os.path.exists(f"{folder}/files.txt"):
         files = os.fsdecode(Path(folder, "files.txt").read_bytes()).splitlines()
         names = [files[number % len(files)] for number in names]
-    stem = out[:-4] if out.lower().endswith((".png", ".npz")) else out
-    stem += "-audit"
+    stem = out.removesuffix(".png").removesuffix(".npz") + "-audit"
     with memory.atomic_write(f"{stem}.json") as file:
         for i, name in enumerate(names):
             line = {"image": i, "nearest": name, "distance": round(distance[i].item(), 4)}
             line["nearest_to_its_nearest"] = round(to_other[i].item(), 4)
-            file.write((json.dumps(line) + "\n").encode())
+            file.write(json.dumps(line).encode() + b"\n")
     known = memory.normalize_latents(torch.tensor(data[row[:16].numpy()]), stats)
     known = decode(known.to(device), meta, tokenizer)
     save_images(np.concatenate([images[:16], known]), f"{stem}.png", len(known))
@@ -271,12 +222,12 @@ def grid(images, columns=None):
 
 def save_images(images, out, columns=None):
     """uint8 (N, H, W, 3), may be a memmap -> a grid (.png), an .npz, or a new folder of PNGs"""
-    if out.lower().endswith(".png"):
+    if out.lower().endswith((".png", ".npz")):
         with memory.atomic_write(out) as file:
-            grid(images, columns).save(file, "PNG")
-    elif out.lower().endswith(".npz"):
-        with memory.atomic_write(out) as file:
-            np.savez(file, arr_0=images)
+            if out.lower().endswith(".png"):
+                grid(images, columns).save(file, "PNG")
+            else:
+                np.savez(file, arr_0=images)
     else:
         os.makedirs(f"{out}.tmp", exist_ok=True)
         for i, image in enumerate(images):
@@ -302,8 +253,8 @@ def read_arguments():
     add("--steps", type=int, default=25, help="steps of the integrator")
     add("--shift", type=float, default=0.0, help="a: times t -> a t / (1 + (a-1) t), ODE; 0: none")
     add("--cfg", type=float, default=1.0, help="guidance scale; 1: no guidance")
-    interval = {"type": float, "nargs": 2, "metavar": ("LO", "HI"), "default": [0.0, 1.0]}
-    add("--cfg-interval", **interval, help="apply guidance only while LO <= t <= HI")
+    pair = {"dest": "interval", "type": float, "nargs": 2, "metavar": ("LO", "HI")}
+    add("--cfg-interval", **pair, default=[0, 1], help="apply guidance only while LO <= t <= HI")
     add("--dtype", choices=("bfloat16", "float32"), help="float32; on CUDA the network's bfloat16")
 
     group = parser.add_argument_group("what is made")
@@ -335,7 +286,8 @@ def read_arguments():
         args.ckpt = f"{args.ckpt}/ckpt.pt"
     if args.out is None:
         modes = [mode for mode in ("add", "mix", "snippets", "new") if getattr(args, mode)]
-        args.out = os.path.join(os.path.dirname(args.ckpt), f"{(*modes, 'samples')[0]}.png")
+        name = modes[0] if modes else "samples"
+        args.out = os.path.join(os.path.dirname(args.ckpt), f"{name}.png")
     args.out = os.path.normpath(args.out)
     if not args.out.lower().endswith((".png", ".npz")) and os.path.exists(args.out):
         raise InputError(f"{args.out} exists: name a new folder, a .png or an .npz")
@@ -345,8 +297,7 @@ def read_arguments():
 
 
 def load_checkpoint(args, device):
-    """-> model; meta, of the folder that it was trained on; bank, None for a model without memory;
-    the folder of its training images"""
+    """-> model; meta of the data that it was trained on; bank or None; the folder of the data"""
     content = load_file(args.ckpt)
     model = load_sit(content).to(device)
     if rank_world()[1] > 1:  # a training may replace the file, and some open it later than others
@@ -359,14 +310,12 @@ def load_checkpoint(args, device):
         if args.tokenizer is None or stats is None:
             raise InputError(f"{args.ckpt} is not by train.py: give --tokenizer and --latent-stats")
         settings = {"tokenizer": args.tokenizer, "encoder": "unknown", "source": ""}
-        counts = [1] * model.config.num_classes
-        meta = {"settings": settings, "classes": [], "class_counts": counts}
-        meta.update(mean=stats[0], std=stats[1])
-    bank = None
-    if model.config.memory_dim:
-        bank = load_bank(args.bank or f"{folder}/bank.pt", meta)
+        meta = {"settings": settings, "classes": [], "mean": stats[0], "std": stats[1]}
+        meta["class_counts"] = [1] * model.config.num_classes
+    has_memory = model.config.memory_dim > 0
+    bank = load_bank(args.bank or f"{folder}/bank.pt", meta) if has_memory else None
     data = f"{folder}/data"  # moved with the training, or where it was
-    if not os.path.exists(data):
+    if not os.path.exists(f"{data}/latents.npy"):
         data = content.get("settings", {}).get("data")
     return model, {**meta, "step": content.get("step")}, bank, data
 
@@ -375,13 +324,13 @@ def load_bank(path, meta):
     """The bank of a model, or another one, which is said"""
     bank = MemoryBank.load(path)
     settings = meta["settings"]
-    trained_on = memory.last_part(settings.get("features") or settings["encoder"])
     own = meta.get("bank") == bank.id
     if own and not bank.classes:  # a bank of the version before
         mirrored = meta["images"] if settings["flip"] else 0
         bank = replace(bank, classes=meta["classes"], mirrored=mirrored)
     if rank_world()[0] == 0:
         print(f"bank: {bank}{'' if own else ', not the one of the training'}")
+        trained_on = memory.last_part(settings.get("features") or settings["encoder"])
         if bank.encoder != trained_on:
             print(f"warning: its encoder is {bank.encoder}, that of the training {trained_on}")
     return bank
@@ -424,10 +373,14 @@ def make_plan(args, meta, bank, config, size, device):
         plan.ids = [0] * n
         plan.columns = n
     elif args.snippets:
-        plan.s = torch.from_numpy(np.load(args.snippets).astype(np.float32))
+        plan.s = torch.tensor(np.load(args.snippets)).float()
         plan.ids = list(range(len(plan.s)))
     elif bank is not None:
-        rows = draw_bank_rows(bank, plan.ids, args.seed, args.label)
+        rows = torch.arange(len(bank))
+        if args.label is not None:
+            counts = bank.labels[bank.labels >= 0].bincount().tolist()
+            rows = rows[bank.labels == class_number(args.label, bank.classes, counts)]
+        rows = rows[draw_rows(plan.ids, args.seed, len(rows))]
     if args.new:
         bank = bank.to(device)
         plan.s = new_snippets(bank, rows, plan.ids, args.seed, args.spread)
@@ -438,8 +391,14 @@ def make_plan(args, meta, bank, config, size, device):
         plan.s = bank[rows]
     if plan.s is not None and plan.s.shape[1:] != (config.memory_dim,):
         raise InputError(f"snippets {tuple(plan.s.shape)}, expected (N, {config.memory_dim})")
+    if args.snippets:
+        plan.s = memory.unit_norm(plan.s).contiguous()
     if config.num_classes:
-        plan.y = draw_labels(plan.ids, args.seed, meta["class_counts"], meta["classes"], args.label)
+        counts = meta["class_counts"]
+        labels = torch.repeat_interleave(torch.tensor(counts))  # of all training images
+        if args.label is not None:
+            labels = torch.tensor([class_number(args.label, meta["classes"], counts)])
+        plan.y = labels[draw_rows(plan.ids, args.seed, len(labels))]
     return plan
 
 
@@ -447,61 +406,54 @@ def make_images(args, model, meta, tokenizer, plan):
     """Generates the images of a plan, batch by batch, in files of OUT.parts -> (N, H, W, 3)"""
     sampler = {name: getattr(args, name) for name in SAMPLER}
     settings = {**sampler, "checkpoint": args.ckpt, "step": meta["step"], "block": args.batch_size}
-    settings["ids"] = zlib.crc32(np.array(plan.ids))
-    for name in ("s", "y"):
+    for name in ("ids", "s", "y"):
         values = getattr(plan, name)
-        settings[name] = None if values is None else zlib.crc32(values.numpy())
+        settings[name] = None if values is None else zlib.crc32(np.asarray(values))
     size = model.config.input_size * tokenizer.factor
     arrays = {"images": ((len(plan.ids), size, size, 3), "uint8")}
     blocks = memory.Blocks(f"{args.out}.parts", settings, arrays, len(plan.ids), args.batch_size)
-    with memory.progress(desc="sampling", total=sum(map(len, blocks.todo)), unit="img") as bar:
-        for rows in blocks.todo:
-            part = slice(rows.start, rows.stop)
-            s = None if plan.s is None else plan.s[part]
-            y = None if plan.y is None else plan.y[part]
-            x = generate(model, plan.ids[part], s, y, **sampler)
-            blocks.arrays["images"][part] = decode(x, meta, tokenizer, args.decoder_dtype)
-            blocks.arrays["done"][rows.start // args.batch_size] = True
-            bar.update(len(rows))
-    memory.barrier()
+    for rows in blocks.fill("sampling"):
+        part = slice(rows.start, rows.stop)
+        s = None if plan.s is None else plan.s[part]
+        y = None if plan.y is None else plan.y[part]
+        x = generate(model, plan.ids[part], s, y, **sampler)
+        blocks.arrays["images"][part] = decode(x, meta, tokenizer)
     return blocks.arrays["images"]
 
 
 def main():
     args = read_arguments()
     device = memory.init_distributed(args.device)
-    args.decoder_dtype = args.dtype or "float32"  # as in the official code
     args.dtype = args.dtype or memory.default_dtype(device)
     model, meta, bank, data = load_checkpoint(args, device)
     config = model.config
     name = args.tokenizer or meta["settings"]["tokenizer"]
     tokenizer = memory.process_zero_first(load_tokenizer, name, device)
     if not tokenizer.channels == len(meta["mean"]) == config.in_channels:
-        channels = f"{tokenizer.channels}, their statistics {len(meta['mean'])} channels"
-        raise InputError(f"latents of {name} have {channels}, the model {config.in_channels}")
+        raise InputError(f"{name} and its statistics: expected {config.in_channels} channels")
     needs_memory = args.new or args.add or args.mix or args.snippets
     if bank is None and (needs_memory or (args.label and not config.num_classes)):
         raise InputError(f"{args.ckpt} has no memory to take snippets from, or labels")
     size = config.input_size * tokenizer.factor
     unseen = memory.Images(args.audit, size) if args.audit else None
+    if args.audit is not None:
+        os.stat(f"{data}/latents.npy")  # errors come now
     plan = make_plan(args, meta, bank, config, size, device)
     if args.compile:
         model = torch.compile(model)
 
     images = make_images(args, model, meta, tokenizer, plan)
     if rank_world()[0] == 0:
-        grid_images = images
+        picture = images
         if plan.given is not None and args.out.lower().endswith(".png"):
-            lines = images.reshape(len(plan.given), -1, *images.shape[1:])
-            grid_images = np.concatenate([plan.given[:, None], lines], axis=1)
-            grid_images = grid_images.reshape(-1, *images.shape[1:])
-        save_images(grid_images, args.out, plan.columns)
+            picture = np.insert(images, range(0, len(images), plan.columns - 1), plan.given, axis=0)
+        save_images(picture, args.out, plan.columns)
         print(f"wrote {args.out}")
         if args.save_bank:
             plan.bank.save(args.save_bank)
         if args.audit is not None:
             write_audit(args.out, images, unseen, meta, data, tokenizer, device)
-        del images, grid_images  # maps of a file that is removed
+        del images, picture  # maps of a file that is removed
         shutil.rmtree(f"{args.out}.parts")
 
 
