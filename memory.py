@@ -113,7 +113,7 @@ def unit_norm(features, first_row=0):
 
 
 def snippet_blocks(features, device, what):
-    """Yields slices of rows and their snippets, float32 (b, D), block by block."""
+    """Yields slices of rows and their snippets, float32 (b, D), block by block; what: the bar's title"""
     starts = range(0, features.shape[0], BLOCK)
     for i in progress(starts, desc=what, unit="block", leave=False, delay=2):
         rows = slice(i, i + BLOCK)
@@ -485,7 +485,7 @@ class Images:
             self.classes = list(src.partition(":")[2] or LETTERS)
             self.array, labels = glyphs(size=size, characters=self.classes)
         elif os.path.isdir(src):
-            self.files, labels, self.classes = on_process_zero(read_folder, src, skip_bad)
+            self.files, labels, self.classes = only_on_process_zero(read_folder, src, skip_bad)
         elif src.endswith((".npy", ".npz")):
             self.array, labels, self.classes = read_array(src)
         else:
@@ -581,8 +581,8 @@ def denormalize_latents(x, stats):
 
 
 def in_batches(f, images, device):
-    """f: images (b, 3, H, W) in [-1, 1] -> tensors (b, ..). Of uint8 images (N, H, W, 3) -> these
-    tensors (N, ..) on the CPU. A batch has 64 images of 256 pixels, or as many pixels."""
+    """Calls f, of images (b, 3, H, W) in [-1, 1], on uint8 images (N, H, W, 3) batch by batch, with
+    64 images of 256 pixels, or as many pixels -> each of its results (N, ..), on the CPU"""
     batch_size = max(1, 64 * 256**2 // max(256**2, images.shape[1] ** 2))
     results = []
     for batch in torch.as_tensor(images).split(batch_size):
@@ -595,7 +595,7 @@ def encode_features(images, encoder, device="cpu"):
     """uint8 (N, H, W, 3), the encoder's name or file (see model.load_encoder) -> features (N, D)"""
     from model import load_encoder
 
-    encode = process_zero_first(load_encoder, encoder, device)
+    encode = first_on_process_zero(load_encoder, encoder, device)
     return in_batches(lambda x: encode(x)[:1], images, device)[0]
 
 
@@ -626,7 +626,7 @@ class Blocks:
         self.arrays = {name: np.load(f"{folder}/{name}.npy", mmap_mode="r+") for name in arrays}
         left = np.flatnonzero(~self.arrays["done"])[process::num_processes]
         self.todo = [range(num_rows)[i * size : (i + 1) * size] for i in left]
-        barrier()  # before anybody is done with a block
+        barrier()  # all have read `done` before a process writes it
 
     def fill(self, desc):
         """Yields the blocks of todo. A block is done when the next one is asked for."""
@@ -653,7 +653,7 @@ def is_prepared(out, src, settings):
 
 
 def load_features(path):
-    """-> (N, D), of an .npy (mapped), or a .pt with one tensor, as the official GMem's banks"""
+    """-> (N, D), of an .npy (mapped), or a .pt that holds one tensor, as the official GMem's banks do"""
     from model import load_file
 
     features = np.load(path, mmap_mode="r") if path.endswith(".npy") else load_file(path)
@@ -688,7 +688,7 @@ def encode_images(images, tokenizer, encode, out, settings, device):
         arrays["patch_scales"] = ((N, tokens.shape[1]), "float32")
     blocks = Blocks(out, {**settings, "images": n}, arrays, n, 256)
     if settings["patches"]:
-        on_process_zero(patch_basis, f"{out}/patches.pt", images, encode, device)
+        only_on_process_zero(patch_basis, f"{out}/patches.pt", images, encode, device)
         patch_bank = MemoryBank.load(f"{out}/patches.pt").to(device)
 
     def encode_batch(x):
@@ -730,12 +730,12 @@ def prepare(data, out, device="cpu", **options):
     for name, value in settings.items():
         if isinstance(value, str) and (os.path.isfile(value) or name == "source"):
             settings[name] = value if is_glyphs(value) else os.path.abspath(value)
-    if on_process_zero(is_prepared, out, data, settings):
+    if only_on_process_zero(is_prepared, out, data, settings):
         return
     if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) < rank_world()[1]:
         raise InputError("several nodes cannot fill one file: prepare on one node")
-    tokenizer = process_zero_first(load_tokenizer, settings["tokenizer"], device)
-    encode = process_zero_first(load_encoder, settings["encoder"], device)
+    tokenizer = first_on_process_zero(load_tokenizer, settings["tokenizer"], device)
+    encode = first_on_process_zero(load_encoder, settings["encoder"], device)
     images = Images(data, settings["image_size"], settings["skip_bad"])
     labels = np.tile(images.labels, 1 + settings["flip"])
     stats = known_stats(settings["tokenizer"], settings["latent_stats"])
@@ -791,7 +791,7 @@ def progress(items=None, **options):
 
 
 def last_part(path):
-    """Of a setting: folders may move."""
+    """A name without its folder, because folders move"""
     return os.path.basename(os.path.normpath(str(path)))
 
 
@@ -863,13 +863,6 @@ def init_distributed(device=None):
     return device
 
 
-def default_dtype(device):
-    """Of a network: bfloat16 on GPUs that compute in it, float32 elsewhere"""
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return "bfloat16"
-    return "float32"
-
-
 def rank_world():
     """-> this process's rank, number of processes (0, 1 without torch.distributed)"""
     if dist.is_initialized():
@@ -888,7 +881,7 @@ def barrier():
     all_reduce(torch.zeros(1))
 
 
-def process_zero_first(f, *args):
+def first_on_process_zero(f, *args):
     """f(*args) on process 0, then on the others, which find what it has downloaded."""
     if rank_world()[0] > 0:
         barrier()
@@ -898,7 +891,7 @@ def process_zero_first(f, *args):
     return result
 
 
-def on_process_zero(f, *args):
+def only_on_process_zero(f, *args):
     """-> on all processes, what f(*args) returns on process 0"""
     results = [f(*args) if rank_world()[0] == 0 else None]
     if rank_world()[1] > 1:

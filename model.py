@@ -145,7 +145,7 @@ class Rope2d(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; norm(width) -> the norm of queries, or keys."""
+    """Multi-head self-attention; norm: a module class, made for queries and for keys."""
 
     def __init__(self, width, num_heads, norm=nn.Identity):
         super().__init__()
@@ -503,7 +503,7 @@ def weights_of(content):
 
 def load_into(weights, network, *args):
     """-> network(*args) with these weights, in eval mode"""
-    with torch.device("meta"):  # nothing is drawn that is replaced at once
+    with torch.device("meta"):  # there no random weights are drawn
         model = network(*args)
     model.to_empty(device="cpu").load_state_dict(weights)
     return model.eval()

@@ -100,8 +100,8 @@ def new_snippets(bank, rows, ids, seed=0, spread=1.0):
 
 
 def novelty(bank, rows, s):
-    """Median distance of snippets s (B, D) to the nearest row of the class and half of their rows,
-    over that of these rows to their nearest other row"""
+    """Median distance of snippets s (B, D) to the nearest row of the bank, of the class and half of
+    their own row, divided by the median distance of these rows to their nearest other row"""
     of_new, _ = bank.neighbours(rows, 1, s)
     of_rows, _ = bank.neighbours(rows, 1)
     ratio = (1 - of_new).median() / (1 - of_rows).median()  # |a - b|^2 = 2 - 2 cos
@@ -156,8 +156,8 @@ def audit(made, data, stats, held_out=None, mirrored=0):
     distance, row = (part[:, 0] for part in nearest_latents(made, data, stats, 1))
     known = memory.normalize_latents(torch.tensor(data[row.numpy()]), stats)
     near, near_rows = nearest_latents(known, data, stats, 3)
-    period = mirrored or len(data)
-    itself = near_rows % period == row[:, None] % period  # the image, or its mirror image
+    period = mirrored or len(data)  # modulo it, an image and its mirror image are one
+    itself = near_rows % period == row[:, None] % period
     to_other = near.masked_fill(itself, torch.inf).amin(1)
     print(f"generated image to its nearest training image: median distance {distance.median():.3f}")
     print(f"that training image to its nearest other one: median distance {to_other.median():.3f}")
@@ -324,12 +324,12 @@ def load_bank(path, meta):
     """The bank of a model, or another one, which is said"""
     bank = MemoryBank.load(path)
     settings = meta["settings"]
-    own = meta.get("bank") == bank.id
-    if own and not bank.classes:  # a bank of the version before
+    same_bank = meta.get("bank") == bank.id
+    if same_bank and not bank.classes:  # a bank of the version before
         mirrored = meta["images"] if settings["flip"] else 0
         bank = replace(bank, classes=meta["classes"], mirrored=mirrored)
     if rank_world()[0] == 0:
-        print(f"bank: {bank}{'' if own else ', not the one of the training'}")
+        print(f"bank: {bank}{'' if same_bank else ', not the one of the training'}")
         trained_on = memory.last_part(settings.get("features") or settings["encoder"])
         if bank.encoder != trained_on:
             print(f"warning: its encoder is {bank.encoder}, that of the training {trained_on}")
@@ -343,7 +343,7 @@ class Plan:
     ids: list
     s: torch.Tensor = None
     y: torch.Tensor = None
-    given: np.ndarray = None  # images (R, H, W, 3) that stand at the head of R lines of the grid
+    given: np.ndarray = None  # added images (R, H, W, 3), at the start of the lines of the grid
     columns: int = None  # of the grid
     bank: MemoryBank = None  # extended by the given images
 
@@ -424,16 +424,18 @@ def make_images(args, model, meta, tokenizer, plan):
 def main():
     args = read_arguments()
     device = memory.init_distributed(args.device)
-    args.dtype = args.dtype or memory.default_dtype(device)
+    args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     model, meta, bank, data = load_checkpoint(args, device)
     config = model.config
     name = args.tokenizer or meta["settings"]["tokenizer"]
-    tokenizer = memory.process_zero_first(load_tokenizer, name, device)
+    tokenizer = memory.first_on_process_zero(load_tokenizer, name, device)
     if not tokenizer.channels == len(meta["mean"]) == config.in_channels:
         raise InputError(f"{name} and its statistics: expected {config.in_channels} channels")
     needs_memory = args.new or args.add or args.mix or args.snippets
     if bank is None and (needs_memory or (args.label and not config.num_classes)):
-        raise InputError(f"{args.ckpt} has no memory to take snippets from, or labels")
+        raise InputError(
+            f"{args.ckpt} has no memory (--new, --add, --mix, --snippets) and no classes (--label)"
+        )
     size = config.input_size * tokenizer.factor
     unseen = memory.Images(args.audit, size) if args.audit else None
     if args.audit is not None:

@@ -164,8 +164,8 @@ def read_settings():
         saved = checkpoint["settings"]
         of_this_command = ("data", "out", "device", "resume")
         was = {name: saved[name] for name in saved if name in args and name not in of_this_command}
-        moved = os.path.exists(f"{args.out}/data/meta.json")  # with the run
-        parser.set_defaults(**was, data=f"{args.out}/data" if moved else saved["data"])
+        own_data = os.path.exists(f"{args.out}/data/meta.json")  # they move with OUT
+        parser.set_defaults(**was, data=f"{args.out}/data" if own_data else saved["data"])
     elif args.resume:
         say(f"--resume: {path} does not exist, the run begins at step 0")
 
@@ -209,7 +209,7 @@ class Loader:
         self.arrays = {"coef": self.bank.coef.numpy(), "scale": self.bank.scale.numpy()}
         names = ["latents", "labels"]
         if patches:
-            # patches.pt: a basis fitted to a sample of the tokens; patches.npy: all, in that basis
+            # patches.pt holds the basis, patches.npy the coefficients of all patch tokens
             self.patch_bank = memory.MemoryBank.load(f"{folder}/patches.pt")
             names += ["patches", "patch_scales"]
         for name in names:
@@ -261,7 +261,7 @@ class Trainer:
     def __init__(self, args, model, meta, device):
         self.args = args
         self.meta = meta
-        self.dtype = args.dtype or memory.default_dtype(device)  # of the forward pass
+        self.dtype = args.dtype or {"cuda": "bfloat16"}.get(device.type, "float32")
         self.model = model.train().to(device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.parameters = list(self.model.parameters())
@@ -275,7 +275,7 @@ class Trainer:
     def load(self, checkpoint):
         self.model.load_state_dict(checkpoint["model"])
         self.ema.load_state_dict(checkpoint["ema"])
-        # a copy: the optimizer would keep the file mapped, which is soon replaced
+        # load_state_dict keeps these tensors; a copy lets go of the mapped file
         self.optimizer.load_state_dict(copy.deepcopy(checkpoint["optimizer"]))
         self.step = checkpoint["step"]
         self.skipped = checkpoint["skipped"]
@@ -474,7 +474,8 @@ def new_model(args, loader):
 
 
 def micro_batch_size(args, config):
-    """The largest divisor of a process's share of the batch within the limits"""
+    """Images of a forward pass: the largest number within the limits that divides the share of the
+    batch of one process"""
     share, rest = divmod(args.batch_size, rank_world()[1])
     if share == 0 or rest > 0:
         raise InputError(f"--batch-size {args.batch_size}: {rank_world()[1]} does not divide it")
