@@ -48,9 +48,6 @@ class InputError(ValueError):
     """What a user gave cannot be used; the message says what was expected."""
 
 
-# ------------------------------------------------------------------------------------- mask and mix
-
-
 def mask(s, ratio, generator=None):
     """Dropout: a random fraction of the entries of s (B, D) is zero, the rest divided by 1 - ratio,
     which is in [0, 1)."""
@@ -74,9 +71,6 @@ def mix(a, b, alpha, method="slerp"):
     across = b - cosine * a  # the part of b at right angles to a
     angle = alpha * torch.atan2(across.norm(dim=-1, keepdim=True), cosine)
     return F.normalize(angle.cos() * a + angle.sin() * F.normalize(across, dim=-1), dim=-1)
-
-
-# ------------------------------------------------------------------------- features to coefficients
 
 
 @contextmanager
@@ -147,9 +141,6 @@ def quantize(c, dtype):
         return c.to(dtype), c.new_ones(c.shape[:-1])
     scale = c.abs().amax(-1).clamp_min(1e-12) / 127
     return (c / scale[..., None]).round().to(dtype), scale
-
-
-# ---------------------------------------------------------------------------------- the memory bank
 
 
 @dataclass(frozen=True, eq=False)
@@ -375,9 +366,6 @@ class MemoryBank:
         )
 
 
-# ------------------------------------------------------------------------------------------- images
-
-
 def to_rgb(image):
     """PIL image -> RGB, 8 bits: upright, transparency on white, 16-bit grey scaled to 8 bits.
     InputError for floats and 32-bit integers, in which black and white are not defined."""
@@ -549,9 +537,6 @@ def glyphs(n=10400, size=16, seed=0, characters=LETTERS):
     return images, labels
 
 
-# ------------------------------------------------------------------------------ latents and features
-
-
 def known_stats(tokenizer, latent_stats):
     """Names or files -> mean and std per channel of latents, two lists; None: to be measured"""
     if tokenizer == "pixel":
@@ -597,9 +582,6 @@ def encode_features(images, encoder, device="cpu"):
 
     encode = first_on_process_zero(load_encoder, encoder, device)
     return in_batches(lambda x: encode(x)[:1], images, device)[0]
-
-
-# ----------------------------------------------------------------------------- preparing a data set
 
 
 class Blocks:
@@ -778,9 +760,6 @@ def save_prepared(out, bank, meta, files):
     write_json(f"{out}/meta.json", {**meta, "class_counts": counts, "bank": bank.id})
     for name in ("features.npy", "done.npy", "progress.json"):
         Path(out, name).unlink(missing_ok=True)
-
-
-# -------------------------------------------------------------------------- what the commands share
 
 
 def progress(items=None, **options):

@@ -37,8 +37,6 @@ TRAINING, NOISE, NEW = 0, 1, 3  # each purpose has its own stream of random numb
 SAMPLER = ("seed", "method", "steps", "shift", "cfg", "interval", "dtype")  # of generate
 METHODS = ("euler", "heun", "sde-euler", "sde-heun")
 
-# -------------------------------------------------------------------------- from snippets to images
-
 
 def mixed_seed(*numbers):
     """Whole numbers -> one seed for torch, which depends on all of them."""
@@ -90,9 +88,6 @@ def decode(x, meta, tokenizer):
     return images.permute(0, 2, 3, 1).cpu().numpy()
 
 
-# ------------------------------------------------------------------------------------------ snippets
-
-
 def new_snippets(bank, rows, ids, seed=0, spread=1.0):
     """Snippets (B, D), each around its row of the bank, that belong to no training image"""
     noise = [torch.randn(NEIGHBOURS, generator=g) for g in generators_of(NEW, seed, ids)]
@@ -129,9 +124,6 @@ def class_number(label, names, counts):
     if not 0 <= number < len(counts) or counts[number] == 0:
         raise InputError(f"--label {label}: no such class of {', '.join(names) or len(counts)}")
     return number
-
-
-# ------------------------------------------------------------------------------------ does it copy?
 
 
 def nearest_latents(x, data, stats, k):
@@ -205,9 +197,6 @@ def write_audit(out, images, unseen, meta, folder, tokenizer, device):
     print(f"wrote {stem}.json and {stem}.png: samples above, nearest training images below")
 
 
-# ------------------------------------------------------------------------------------------- pictures
-
-
 def grid(images, columns=None):
     """uint8 (N, H, W, 3) -> PIL image; small images are enlarged by a whole number"""
     N, height, width, _ = images.shape
@@ -233,9 +222,6 @@ def save_images(images, out, columns=None):
         for i, image in enumerate(images):
             Image.fromarray(image).save(f"{out}.tmp/{i:06d}.png")
         os.rename(f"{out}.tmp", out)
-
-
-# ---------------------------------------------------------------------------------- the command line
 
 
 def read_arguments():

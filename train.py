@@ -355,12 +355,14 @@ def train(trainer, net, loader):
     """The loop; net is trainer.model, compiled and distributed where that is wanted. Returns 0 at
     the end of the training, or the number of a signal, with everything saved."""
     args = trainer.args
-    device = loader.device
     process, num_processes = rank_world()
     # the micro-batches of process r in each step: r, r + num_processes, ..
     indices = range(process, args.batch_size // args.micro_batch, num_processes)
     batches = loader.batches(args, trainer.step, indices)
     signals = note_signals()
+    device = loader.device
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=trainer.dtype == "bfloat16")
+    of_loss = {"align": args.align, "t_mean": args.t_mean, "t_std": args.t_std}
     stop = 0
     began = time.perf_counter()
     options = {"desc": "training", "total": args.steps, "initial": trainer.step}
@@ -372,20 +374,8 @@ def train(trainer, net, loader):
                 torch.manual_seed(sample.mixed_seed(sample.TRAINING, args.seed, trainer.step, m))
                 if num_processes > 1:  # gradients are exchanged in the last micro-batch only
                     net.require_backward_grad_sync = m == indices[-1]
-                with torch.autocast(
-                    device.type, torch.bfloat16, enabled=trainer.dtype == "bfloat16"
-                ):
-                    part = flow_loss(
-                        net,
-                        x,
-                        s,
-                        y,
-                        args.cond_drop_prob,
-                        targets,
-                        args.align,
-                        args.t_mean,
-                        args.t_std,
-                    )
+                with autocast:
+                    part = flow_loss(net, x, s, y, args.cond_drop_prob, targets, **of_loss)
                 part = part / len(indices)
                 part.backward()
                 loss += part.detach()
@@ -393,9 +383,8 @@ def train(trainer, net, loader):
             norm = trainer.update(loss / num_processes)
             bar.update()
 
-            signal_number = torch.tensor(signals[0] if signals else 0)
-            memory.all_reduce(signal_number, dist.ReduceOp.MAX)
-            stop = int(signal_number)
+            stop = torch.tensor(signals[0] if signals else 0)
+            memory.all_reduce(stop, dist.ReduceOp.MAX)
             last = stop or trainer.step == args.steps
             if process == 0 and (last or trainer.step % args.log_every == 0):
                 line = trainer.log(norm, time.perf_counter() - began)
@@ -409,7 +398,7 @@ def train(trainer, net, loader):
                     preview(trainer, loader.bank)
             if process == 0 and args.keep_every and trainer.step % args.keep_every == 0:
                 trainer.save(f"ema-{trainer.step:07d}.pt")
-    return stop
+    return int(stop)
 
 
 def preview(trainer, bank):
@@ -474,8 +463,7 @@ def new_model(args, loader):
 
 
 def micro_batch_size(args, config):
-    """Images of a forward pass: the largest number within the limits that divides the share of the
-    batch of one process"""
+    """Images of a forward pass: the largest divisor of one process's batch within the limits"""
     share, rest = divmod(args.batch_size, rank_world()[1])
     if share == 0 or rest > 0:
         raise InputError(f"--batch-size {args.batch_size}: {rank_world()[1]} does not divide it")
@@ -512,8 +500,6 @@ def main():
 
     if checkpoint is None:
         trainer = Trainer(args, new_model(args, loader), loader.meta, device)
-        if process == 0:
-            loader.bank.save(f"{args.out}/bank.pt")
     else:
         now = {name: loader.meta[name] for name in ("bank", "images", "latent", "mean", "std")}
         memory.refuse_differences(checkpoint["meta"], now, f"{args.out} was begun")
@@ -526,6 +512,7 @@ def main():
     trainer.model.checkpointing = args.checkpointing
     args.micro_batch = micro_batch_size(args, trainer.model.config)
     if process == 0:
+        loader.bank.save(f"{args.out}/bank.pt")
         print(f"settings: {vars(args)}")
         print(f"data: {loader.meta['images']:,} images; bank: {loader.bank}")
         parameters = sum(p.numel() for p in trainer.parameters)
