@@ -3269,8 +3269,8 @@ INCEPTION_LAYERS = {  # of pytorch-fid's weights file: name, width, kernel of it
 
 
 class Recorder(fid.Inception):
-    """Inception of random weights, with the names and shapes of INCEPTION_LAYERS. It keeps what goes
-    into its layers, and what comes out."""
+    """Inception of random weights, with the names and shapes of INCEPTION_LAYERS. It keeps what
+    goes into its layers, and what comes out."""
 
     def __init__(self):
         super().__init__({"fc.weight": torch.randn(1008, 2048) / 45}, "cpu")
@@ -3535,14 +3535,14 @@ def measure():
     The distance is the audit's, of a sample to its nearest training image. SiT has 300 clusters
     (scipy.cluster.vq.kmeans2(bank[:], 300, minit="++", seed=0)) as labels (arr_1 of an .npz), or
     none. One seed; three for SiT without labels and --new at 1,280 and 3,840 steps and for the
-    bank's snippets at 1,280. The bank's and --new at 1,280 are of this version, the rest of the one
-    before, whose defaults are the same.
+    bank's snippets at 1,280. The bank's and --new at 1,280 and 12,800 are of this version, the rest
+    of the one before, whose defaults are the same.
 
         emoji, KID at distance         1,280            3,840            12,800 steps
         SiT without labels             1.070 at 0.305   0.815 at 0.241   0.615 at 0.150
         SiT, clusters                  0.868 at 0.226   0.624 at 0.155   0.475 at 0.135
-        GMem, the bank's snippets      0.532 at 0.107   0.367 at 0.086   0.314 at 0.076
-        GMem, --new                    0.700 at 0.172   0.569 at 0.149   0.511 at 0.133
+        GMem, the bank's snippets      0.532 at 0.107   0.367 at 0.086   0.310 at 0.076
+        GMem, --new                    0.700 at 0.172   0.569 at 0.149   0.496 at 0.131
         GMem, --new --spread 0.7       0.642 at 0.153   0.501 at 0.128   0.439 at 0.114
         held-out emoji                 0 at 0.173
 

@@ -107,7 +107,12 @@ def make_parser():
 
     add = parser.add_argument_group("network").add_argument
     add("--model", choices=CONFIGS, metavar="NAME", default="SiT-T/16", help="%(choices)s")
-    add("--condition", choices=("memory", "class", "none"), default="memory", help="beside x and t")
+    add(
+        "--condition",
+        choices=("memory", "class", "none"),
+        default="memory",
+        help="what the network sees",
+    )
     add("--memory-scale", default="unit", help="factor on snippets; unit: mean 0, variance 1")
     add("--memory-tokens", action=flag, help="add the snippet to each token (by default in SiT-T)")
     add("--mask-ratio", type=float, default=0.4, help="fraction of a snippet masked in training")
@@ -143,7 +148,7 @@ def make_parser():
     add("--preview", action=flag, default=True, help="OUT/samples.png: bank above, --new below")
     add("--log-every", type=int, default=50, help="steps between lines of OUT/log.jsonl")
     add("--device", help="cuda, mps or cpu; the best there is if not given")
-    add("--dtype", choices=("bfloat16", "float32"), help="of the network; bfloat16 on CUDA")
+    add("--dtype", choices=("bfloat16", "float32"), help="dtype of the network; bfloat16 on CUDA")
     add("--compile", action=flag, help="compile the network by torch.compile; by default on CUDA")
     return parser
 
@@ -404,12 +409,11 @@ def train(trainer, net, loader):
 def preview(trainer, bank):
     """Writes samples.png by the EMA weights, each time from the same noise: above 32 images of
     snippets of the bank, below 32 of new snippets around these."""
-    ids = range(64)
     try:
         rows = sample.draw_rows(range(32), 0, len(bank))
         s = torch.cat([bank[rows], sample.new_snippets(bank, rows, range(32))])
-        y = sample.draw_rows(ids, 0, max(1, trainer.model.config.num_classes))
-        x = sample.generate(trainer.ema, ids, s, y, dtype=trainer.dtype)
+        y = sample.draw_rows(range(64), 0, max(1, trainer.model.config.num_classes))
+        x = sample.generate(trainer.ema, range(64), s, y, dtype=trainer.dtype)
         tokenizer = load_tokenizer(trainer.args.tokenizer, x.device)
         images = sample.decode(x, trainer.meta, tokenizer)  # uint8 (64, H, W, 3)
         for name in (f"samples-{trainer.step:07d}.png", "samples.png"):
