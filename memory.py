@@ -107,7 +107,7 @@ def unit_norm(features, first_row=0):
 
 
 def snippet_blocks(features, device, what):
-    """Yields slices of rows and their snippets, float32 (b, D), block by block; what: the bar's title"""
+    """Yields slices of rows and their snippets, float32 (b, D), block by block"""
     starts = range(0, features.shape[0], BLOCK)
     for i in progress(starts, desc=what, unit="block", leave=False, delay=2):
         rows = slice(i, i + BLOCK)
@@ -115,7 +115,7 @@ def snippet_blocks(features, device, what):
 
 
 def principal_directions(features, device):
-    """-> mean of the snippets (D,); eigenvectors of their covariance as rows (min(N, D), D), largest
+    """-> mean of the snippets (D,); eigenvectors of their covariance, rows (min(N, D), D), largest
     variance first; variances (min(N, D),). All float64."""
     N, D = features.shape
     if N < D:
@@ -146,7 +146,7 @@ def quantize(c, dtype):
 @dataclass(frozen=True, eq=False)
 class MemoryBank:
     """N unit-norm snippets of D numbers: scale_i coef_i @ basis + mean, normalised. A bank never
-    changes: extend() and to() make new ones. Where (B, D) is taken, one vector (D,) is taken, too."""
+    changes: extend() and to() make new ones. Where (B, D) is taken, one vector (D,) is, too."""
 
     mean: torch.Tensor  # (D,) float32
     basis: torch.Tensor  # (r, D) float32, orthonormal rows, largest variance first
@@ -262,13 +262,13 @@ class MemoryBank:
 
     @full_float32()
     def nearest(self, features, k=1):
-        """Features (B, D) of any norm -> cosine (B, k), index (B, k) of the k most similar rows, the
-        most similar first. B x 4096 cosines are held at once."""
+        """Features (B, D) of any norm -> cosine (B, k), index (B, k) of the k most similar rows,
+        the most similar first. B x 4096 cosines are held at once."""
         s = F.normalize(float_tensor(features, self.coef.device), dim=-1)
         return self.search(s, torch.arange(len(self)), min(k, len(self)))
 
     def search(self, s, rows, k, leave_out_equal=False):
-        """s (B, D) unit-norm -> cosine (B, k), index (B, k) of the most similar among the rows (n,).
+        """s (B, D) unit-norm -> cosine (B, k), index (B, k) of the most similar of the rows (n,).
         Where there are fewer than k: cosine -1, index -1. It takes r numbers of each row, not D:
 
         cos(s, s_i) = (c_i.(basis s) + mean.s) / |c_i basis + mean|
@@ -292,7 +292,7 @@ class MemoryBank:
     @full_float32()
     def neighbours(self, rows, k, s=None):
         """rows (B,) -> cosine (B, k), index (B, k) of the k rows most similar to each, or to s
-        (B, D), the most similar first. They are of the row's class, where it has a label, and of its
+        (B, D), the most similar first. They are of the row's class, where it has a label, and its
         half of the bank, original or mirrored images. Rows equal to it are left out. Where there
         are fewer than k: cosine -1, index -1."""
         rows = torch.as_tensor(rows, device=self.coef.device).reshape(-1)
@@ -635,7 +635,7 @@ def is_prepared(out, src, settings):
 
 
 def load_features(path):
-    """-> (N, D), of an .npy (mapped), or a .pt that holds one tensor, as the official GMem's banks do"""
+    """-> (N, D), of an .npy (mapped), or a .pt that holds one tensor, as official banks do"""
     from model import load_file
 
     features = np.load(path, mmap_mode="r") if path.endswith(".npy") else load_file(path)
@@ -653,7 +653,7 @@ def patch_basis(path, images, encode, device):
 
 
 def encode_images(images, tokenizer, encode, out, settings, device):
-    """Fills latents.npy, features.npy and, with patches, patches.npy and patch_scales.npy -> Blocks.
+    """Fills latents.npy, features.npy and, with patches, patches.npy, patch_scales.npy -> Blocks.
     Each image is decoded once, for itself and its mirror image."""
     n = len(images)
     first_rows = (0, n) if settings["flip"] else (0,)

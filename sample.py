@@ -11,7 +11,7 @@
     python sample.py --ckpt SiT-XL-2-256x256.pt --tokenizer sd-vae-ft-ema  # official weights
 
 CKPT is a checkpoint, or the folder of a training; the bank is the bank.pt beside it. An .npz is in
-ADM's format: arr_0, uint8 (N, H, W, 3). Image i depends on (seed, i) alone, not on the batch size or
+ADM's format: arr_0, uint8 (N, H, W, 3). Image i depends on (seed, i) alone, not on batch size or
 the number of processes (but for rounding). A killed command, given again, goes on.
 """
 
@@ -118,7 +118,7 @@ def end_of_mix(end, bank, encode, size):
 
 
 def class_number(label, names, counts):
-    """--label, the name of a class or its number -> its number. InputError where it has no image."""
+    """--label, the name of a class or its number -> its number. InputError if it has no image."""
     number = int(label) if label.isdecimal() else -1
     if label in names:
         number = names.index(label)
@@ -145,7 +145,7 @@ def audit(made, data, stats, held_out=None, mirrored=0):
     """Does the model copy? Prints distances between latents as the model sees them, root mean
     squares. made, held_out: (B, C, h, w), held_out may be None; data (N, C, h, w): of the training,
     as it is stored; mirrored: as in MemoryBank.
-    -> (B,) distance to the nearest training image; its row; its distance to its nearest other one"""
+    -> (B,) distance to the nearest training image; its row; its distance to the nearest other"""
     distance, row = (part[:, 0] for part in nearest_latents(made, data, stats, 1))
     known = memory.normalize_latents(torch.tensor(data[row.numpy()]), stats)
     near, near_rows = nearest_latents(known, data, stats, 3)
@@ -163,8 +163,8 @@ def audit(made, data, stats, held_out=None, mirrored=0):
 
 
 def write_audit(out, images, unseen, meta, folder, tokenizer, device):
-    """Compares images with latents.npy of the folder; unseen: held-out memory.Images, or None. Writes
-    a .json, a line for each image, and a .png: the first ones above their nearest training images."""
+    """Compares images with latents.npy of the folder; unseen: held-out memory.Images or None. Writes
+    a .json, a line for each image, and a .png: the first ones above their nearest of the training."""
     data = np.load(f"{folder}/latents.npy", mmap_mode="r")
     stats = memory.stats_tensor(meta, "cpu")
 

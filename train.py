@@ -107,12 +107,7 @@ def make_parser():
 
     add = parser.add_argument_group("network").add_argument
     add("--model", choices=CONFIGS, metavar="NAME", default="SiT-T/16", help="%(choices)s")
-    add(
-        "--condition",
-        choices=("memory", "class", "none"),
-        default="memory",
-        help="what the network sees",
-    )
+    add("--condition", choices=("memory", "class", "none"), default="memory", help="what it sees")
     add("--memory-scale", default="unit", help="factor on snippets; unit: mean 0, variance 1")
     add("--memory-tokens", action=flag, help="add the snippet to each token (by default in SiT-T)")
     add("--mask-ratio", type=float, default=0.4, help="fraction of a snippet masked in training")
