@@ -163,8 +163,8 @@ def audit(made, data, stats, held_out=None, mirrored=0):
 
 
 def write_audit(out, images, unseen, meta, folder, tokenizer, device):
-    """Compares images with latents.npy of the folder; unseen: held-out memory.Images or None. Writes a
-    .json, a line for each image, and a .png: the first ones, and below their nearest ones."""
+    """Compares images with latents.npy of the folder; unseen: held-out memory.Images or None. Writes
+    a .json, a line for each image, and a .png: the first ones, below them their nearest."""
     data = np.load(f"{folder}/latents.npy", mmap_mode="r")
     stats = memory.stats_tensor(meta, "cpu")
 
