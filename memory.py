@@ -781,7 +781,7 @@ def refuse_differences(was, now, what):
         if name in was and last_part(was[name]) != last_part(now[name]):
             differ.append(f"{name} {was[name]}, not {now[name]}")
     if differ:
-        raise InputError(f"{what} with {', '.join(differ)}: name another folder, or delete it")
+        raise InputError(f"{what} with {', '.join(differ)}: give the same, or another --out")
 
 
 def ahead(f, items):
@@ -903,7 +903,7 @@ def add_data_flags(parser, image_size):
     """The flags that memory.py and train.py have in common"""
     add = parser.add_argument
     flag = argparse.BooleanOptionalAction
-    add("--image-size", type=int, default=image_size, help="images are cropped to this size")
+    add("--image-size", type=int, default=image_size, help="images are scaled and cropped to it")
     add("--tokenizer", default="pixel", help="pixel, sd-vae-ft-ema, vavae-f16d32, or a file")
     add("--latent-stats", metavar="F", help="file with mean and std of the latents' channels")
     add("--encoder", default="thumbnail", help="thumbnail, dinov2_vits14, _vitb14, .., or a file")

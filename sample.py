@@ -158,13 +158,13 @@ def audit(made, data, stats, held_out=None, mirrored=0):
         of_held_out, _ = nearest_latents(held_out, data, stats, 1)
         close = int((distance < of_held_out.quantile(0.05)).sum())
         print(f"held-out image to its nearest: median distance {of_held_out.median():.3f}")
-        print(f"nearer than 95 % of the held-out images are: {close} of {len(made)} images")
+        print(f"likely copies, nearer than 95 % of held-out images: {close} of {len(made)}")
     return distance, row, to_other
 
 
 def write_audit(out, images, unseen, meta, folder, tokenizer, device):
-    """Compares images with latents.npy of the folder; unseen: held-out memory.Images or None. Writes
-    a .json, a line for each image, and a .png: the first ones, below them their nearest."""
+    """Compares images with latents.npy of the folder; unseen: held-out memory.Images or None. It
+    writes a .json, a line for each image, and a .png: the first ones, below them their nearest."""
     data = np.load(f"{folder}/latents.npy", mmap_mode="r")
     stats = memory.stats_tensor(meta, "cpu")
 
@@ -247,7 +247,7 @@ def read_arguments():
     group = parser.add_argument_group("what is made")
     add = group.add_argument
     add("--new", action="store_true", help="new images: snippets around rows of the bank, or --add")
-    add("--spread", type=float, default=1.0, help="size of the step of --new away from the row")
+    add("--spread", type=float, default=1.0, help="with --new: size of the step from the row")
     add("--save-bank", metavar="F", help="with --add: file for the bank extended by the images")
     audit_help = "distances to the nearest training images, also of HELD_OUT images, beside OUT"
     add("--audit", nargs="?", const="", metavar="HELD_OUT", help=audit_help)

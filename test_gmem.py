@@ -2959,7 +2959,7 @@ def test_audit_prints_medians_and_how_many_images_are_nearer_than_held_out_ones(
     text = capsys.readouterr().out
     medians = [float(number) for number in re.findall(r"median distance ([\d.]+)", text)]
     assert medians[::2] == pytest.approx([np.median(distance), np.median(of_held_out)], abs=1e-3)
-    assert f"nearer than 95 % of the held-out images are: {near} of 9 images" in text
+    assert f"nearer than 95 % of held-out images: {near} of 9" in text
 
 
 def test_held_out_images_are_thinned_before_they_are_decoded_by_process_0(sampled):

@@ -113,7 +113,7 @@ def make_parser():
     add("--mask-ratio", type=float, default=0.4, help="fraction of a snippet masked in training")
     add("--zero-init", action=flag, default=True, help="adaLN and the last layer start at zero")
     add("--align-depth", type=int, default=4, help="the block that --align compares with DINOv2")
-    add("--init", metavar="CKPT", help="begin with these weights (EMA), ours or official")
+    add("--init", metavar="CKPT", help="weights (EMA) and network to begin with")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=int, default=1300, help="training steps in all; --decay scales with it")
