@@ -906,8 +906,8 @@ def add_data_flags(parser, image_size):
     add("--image-size", type=int, default=image_size, help="images are scaled and cropped to it")
     add("--tokenizer", default="pixel", help="pixel, sd-vae-ft-ema, vavae-f16d32, or a file")
     add("--latent-stats", metavar="F", help="file with mean and std of the latents' channels")
-    add("--encoder", default="thumbnail", help="thumbnail, dinov2_vits14, _vitb14, .., or a file")
-    add("--rank", type=rank_or_full, default=RANK, help="directions that the bank keeps, or full")
+    add("--encoder", default="thumbnail", help="thumbnail (16 x 16 pixels), dinov2_vitb14, a file")
+    add("--rank", type=rank_or_full, default=RANK, help="numbers kept of a snippet, or full")
     add("--flip", action=flag, default=False, help="add mirror images, with snippets of their own")
     add("--skip-bad", action=flag, default=False, help="leave out images that do not decode")
 
@@ -916,7 +916,7 @@ def make_parser():
     parser = argparse.ArgumentParser(description="Images to latents and a memory bank.")
     add = parser.add_argument
     add("--data", metavar="SRC", help="a folder, .npy or .npz of uint8 (N, H, W, 3), or glyphs")
-    add("--out", required=True, help="folder, or without --data the file of a bank")
+    add("--out", required=True, help="folder for train.py --data; without --data a bank file")
     add_data_flags(parser, image_size=256)
     add("--features", metavar="F", help="features (N, D), .npy or .pt, instead of --encoder")
     add("--dtype", choices=DTYPES, default="int8", help="dtype of the bank's coefficients")

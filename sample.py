@@ -230,7 +230,7 @@ def read_arguments():
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     add = parser.add_argument_group("files").add_argument
     add("--ckpt", required=True, help="checkpoint file, or the folder of a training")
-    add("--out", help=".png (a grid), .npz, or a new folder; a .png beside CKPT if not given")
+    add("--out", help=".png (a grid), .npz, new folder; else new.png, add.png, .. by CKPT")
     add("--num-images", type=int, help="number of images; 64, or with --add and --mix 8 a line")
     add("--batch-size", type=int, default=64, help="images of one forward pass")
 
@@ -246,10 +246,10 @@ def read_arguments():
 
     group = parser.add_argument_group("what is made")
     add = group.add_argument
-    add("--new", action="store_true", help="new images: snippets around rows of the bank, or --add")
+    add("--new", action="store_true", help="new images: variations of bank rows, or of --add")
     add("--spread", type=float, default=1.0, help="with --new: size of the step from the row")
     add("--save-bank", metavar="F", help="with --add: file for the bank extended by the images")
-    audit_help = "distances to the nearest training images, also of HELD_OUT images, beside OUT"
+    audit_help = "copies? distance to nearest training image, of HELD_OUT too; .json beside OUT"
     add("--audit", nargs="?", const="", metavar="HELD_OUT", help=audit_help)
     add = group.add_mutually_exclusive_group().add_argument
     add("--label", help="class of all images: the name of its folder, or its number")

@@ -102,7 +102,7 @@ def make_parser():
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = argparse.BooleanOptionalAction
     group = parser.add_argument_group("data")
-    group.add_argument("--data", default="glyphs", help="prepared folder, or images, for OUT/data")
+    group.add_argument("--data", default="glyphs", help="folder of images, or made by memory.py")
     memory.add_data_flags(group, image_size=32)
 
     add = parser.add_argument_group("network").add_argument
@@ -118,17 +118,17 @@ def make_parser():
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=int, default=1300, help="training steps in all; --decay scales with it")
     add("--batch-size", type=int, default=128, help="images of one step, over all processes")
-    add("--micro-batch", type=int, help="images of a forward pass, at most (128 if not given)")
+    add("--micro-batch", type=int, help="images of a forward pass, at most; chosen if not given")
     add("--checkpointing", action=flag, default=False, help="recompute blocks: less memory, slower")
     add("--lr", type=float, default=2e-3, help="peak learning rate of AdamW")
     add("--beta2", type=float, default=0.95, help="decay rate of AdamW's second moments")
     add("--warmup", type=int, default=50, help="steps of linear warm-up of the learning rate")
     decay = {"type": int, "nargs": 2, "metavar": ("A", "B"), "default": [750, 1300]}
     add("--decay", **decay, help="the learning rate falls to 0 from step A to B; 0 0: it does not")
-    add("--clip", type=float, default=1.0, help="largest norm of the gradient, which is scaled")
+    add("--clip", type=float, default=1.0, help="gradients of larger norm are scaled to it")
     add("--ema", type=float, default=0.9999, help="decay rate of the average of the weights (EMA)")
     add("--ema-ramp", action=flag, default=True, help="--ema is at most (1 + step)/(10 + step)")
-    add("--cond-drop-prob", type=float, default=0.1, help="fraction shown the null condition")
+    add("--cond-drop-prob", type=float, default=0.1, help="fraction without snippet or label")
     add("--align", type=float, default=0.0, help="weight of REPA's loss; needs --encoder dinov2_*")
     add("--t-mean", type=float, default=-0.8, help="mean of the logit of t (official GMem: 0)")
     add("--t-std", type=float, default=0.8, help="deviation of the logit of t (official GMem: 1)")
@@ -138,7 +138,7 @@ def make_parser():
     add("--preset", choices=PRESETS, default="glyphs", help="defaults of a known run")
     add("--out", default="out", help="folder of all that is written")
     add("--resume", action=flag, default=False, help="go on at OUT/ckpt.pt, if there is one")
-    add("--save-every", type=int, default=325, help="steps between checkpoints; the last one stays")
+    add("--save-every", type=int, default=325, help="steps between writes of OUT/ckpt.pt")
     add("--keep-every", type=int, help="steps between EMA weights kept as OUT/ema-NNNNNNN.pt")
     add("--preview", action=flag, default=True, help="OUT/samples.png: bank above, --new below")
     add("--log-every", type=int, default=50, help="steps between lines of OUT/log.jsonl")
