@@ -99,7 +99,7 @@ def distance_blocks(a, b, rows=500):
     b = b - center
     for part in (a - center).split(rows):
         distance = torch.cdist(part, b)
-        distance[distance < 1e-5 * part.norm(dim=1, keepdim=True)] = 0  # one image twice, rounded
+        distance[distance < 1e-5 * part.norm(dim=1, keepdim=True)] = 0  # rounding
         yield distance
 
 

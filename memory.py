@@ -303,7 +303,7 @@ class MemoryBank:
         half[self.mirrored : 2 * self.mirrored] = 1
         group = 2 * self.labels + half
         for number in group[rows].unique():
-            members = group == number if number >= 0 else half == number % 2
+            members = group == number if number >= 0 else half == number % 2  # < 0: no label
             places = group[rows] == number
             candidates = members.nonzero().flatten()
             found = self.search(queries[places], candidates, k, leave_out_equal=s is None)
@@ -788,7 +788,7 @@ def ahead(f, items):
     """Yields f(item) for each item; a thread works on the next one while this one is used."""
     with ThreadPoolExecutor(1) as thread:
         begun = (thread.submit(f, item) for item in items)
-        for this, _next in pairwise(chain(begun, [None])):  # the next one is begun by then
+        for this, _next in pairwise(chain(begun, [None])):  # taking _next has submitted it
             yield this.result()
 
 

@@ -420,7 +420,7 @@ def sde(v, z, steps, method="heun", noise=torch.randn_like, diffusion=1.0, last_
 
     noise      noise(x) -> standard normal numbers of x's shape
     last_step  the size of the last step, which has no noise ("mean")
-    The defaults are the official GMem's, whose num_steps are points: one more than these steps.
+    The defaults are the official GMem's; its num_steps counts points, one more than these steps.
     """
     assert steps >= 1 and method in ("euler", "heun"), (steps, method)
     x = z.float()

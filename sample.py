@@ -33,7 +33,7 @@ from memory import InputError, MemoryBank, rank_world
 from model import guided, load_file, load_sit, load_tokenizer, ode, sde
 
 NEIGHBOURS = 10  # nearest rows, whose covariance gives the step of --new
-TRAINING, NOISE, NEW = 0, 1, 3  # each purpose has its own stream of random numbers
+TRAINING, NOISE, NEW = 0, 1, 3  # a stream of random numbers for each purpose; 2 is free
 SAMPLER = ("seed", "method", "steps", "shift", "cfg", "interval", "dtype")  # of generate
 METHODS = ("euler", "heun", "sde-euler", "sde-heun")
 
@@ -273,8 +273,7 @@ def read_arguments():
         args.ckpt = f"{args.ckpt}/ckpt.pt"
     if args.out is None:
         modes = [mode for mode in ("add", "mix", "snippets", "new") if getattr(args, mode)]
-        name = modes[0] if modes else "samples"
-        args.out = os.path.join(os.path.dirname(args.ckpt), f"{name}.png")
+        args.out = os.path.join(os.path.dirname(args.ckpt), f"{[*modes, 'samples'][0]}.png")
     args.out = os.path.normpath(args.out)
     if not args.out.lower().endswith((".png", ".npz")) and os.path.exists(args.out):
         raise InputError(f"{args.out} exists: name a new folder, a .png or an .npz")
@@ -299,8 +298,7 @@ def load_checkpoint(args, device):
         settings = {"tokenizer": args.tokenizer, "encoder": "unknown", "source": ""}
         meta = {"settings": settings, "classes": [], "mean": stats[0], "std": stats[1]}
         meta["class_counts"] = [1] * model.config.num_classes
-    has_memory = model.config.memory_dim > 0
-    bank = load_bank(args.bank or f"{folder}/bank.pt", meta) if has_memory else None
+    bank = load_bank(args.bank or f"{folder}/bank.pt", meta) if model.config.memory_dim else None
     data = f"{folder}/data"  # moved with the training, or where it was
     if not os.path.exists(f"{data}/latents.npy"):
         data = content.get("settings", {}).get("data")
@@ -392,7 +390,9 @@ def make_plan(args, meta, bank, config, size, device):
 def make_images(args, model, meta, tokenizer, plan):
     """Generates the images of a plan, batch by batch, in files of OUT.parts -> (N, H, W, 3)"""
     sampler = {name: getattr(args, name) for name in SAMPLER}
-    settings = {**sampler, "checkpoint": args.ckpt, "step": meta["step"], "block": args.batch_size}
+    settings = {**sampler, "step": meta["step"], "block": args.batch_size}
+    settings.update(tokenizer=args.tokenizer, mean=meta["mean"], std=meta["std"])
+    settings["weights"] = zlib.crc32(model.x_embedder.proj.weight.detach().cpu().numpy())
     for name in ("ids", "s", "y"):
         values = getattr(plan, name)
         settings[name] = None if values is None else zlib.crc32(np.asarray(values))

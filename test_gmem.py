@@ -2726,7 +2726,7 @@ def test_images_are_written_to_a_folder_by_any_name(out):
     "function, number, left", [("sample.decode", 4, 3), ("sample.save_images", 1, 0)]
 )
 def test_sampling_goes_on_after_a_kill(function, number, left, shown):
-    tiny_run()
+    checkpoint, _ = tiny_run()
     command = f"--ckpt o {SIX} --batch-size 1"
     run_killed(f"sample.py {command} --out killed.npz", function, number)
     assert not os.path.exists("killed.npz")
@@ -2737,6 +2737,9 @@ def test_sampling_goes_on_after_a_kill(function, number, left, shown):
     assert Path("killed.npz").read_bytes() == Path("whole.npz").read_bytes()
     assert not os.path.exists("killed.npz.parts")
     assert "seed 5, not 6" in run(f"sample.py {command} --seed 6 --out other.npz", fails=True)
+    checkpoint["ema"]["x_embedder.proj.weight"] += 1
+    torch.save(checkpoint, "o/ckpt.pt")
+    assert "with weights " in run(f"sample.py {command} --out other.npz", fails=True)
 
 
 def test_weights_that_are_not_finite_are_refused_and_no_image_is_written():

@@ -164,7 +164,7 @@ def read_settings():
         saved = checkpoint["settings"]
         of_this_command = ("data", "out", "device", "resume")
         was = {name: saved[name] for name in saved if name in args and name not in of_this_command}
-        own_data = os.path.exists(f"{args.out}/data/meta.json")  # they move with OUT
+        own_data = os.path.exists(f"{args.out}/data/meta.json")  # it may have moved with OUT
         parser.set_defaults(**was, data=f"{args.out}/data" if own_data else saved["data"])
     elif args.resume:
         say(f"--resume: {path} does not exist, the run begins at step 0")
@@ -248,11 +248,10 @@ class Loader:
 
 
 def learning_rate(step, args):
-    lr = args.lr * min(1, (step + 1) / max(1, args.warmup))
+    warmup = min(1, (step + 1) / max(1, args.warmup))
     a, b = args.decay
-    if b > 0:
-        lr = lr * min(1, max(0, (b - step) / (b - a)))
-    return lr
+    decay = min(1, max(0, (b - step) / max(1, b - a))) if b > 0 else 1
+    return args.lr * warmup * decay
 
 
 class Trainer:
@@ -261,7 +260,7 @@ class Trainer:
     def __init__(self, args, model, meta, device):
         self.args = args
         self.meta = meta
-        self.dtype = args.dtype or {"cuda": "bfloat16"}.get(device.type, "float32")
+        self.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
         self.model = model.train().to(device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.parameters = list(self.model.parameters())
@@ -283,18 +282,11 @@ class Trainer:
 
     def save(self, name):
         """Writes OUT/name: what sample.py needs; ckpt.pt holds also what --resume needs."""
-        checkpoint = {
-            "step": self.step,
-            "ema": self.ema.state_dict(),
-            "config": vars(self.model.config),
-            "meta": self.meta,
-            "settings": vars(self.args),
-        }
+        checkpoint = {"step": self.step, "ema": self.ema.state_dict(), "meta": self.meta}
+        checkpoint.update(config=vars(self.model.config), settings=vars(self.args))
         if name == "ckpt.pt":
-            checkpoint["model"] = self.model.state_dict()
-            checkpoint["optimizer"] = self.optimizer.state_dict()
-            checkpoint["skipped"] = self.skipped
-            checkpoint["log"] = self.lines
+            checkpoint.update(model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
+            checkpoint.update(skipped=self.skipped, log=self.lines)
         with memory.atomic_write(f"{self.args.out}/{name}") as file:
             torch.save(checkpoint, file)
 
@@ -322,14 +314,11 @@ class Trainer:
 
     def log(self, norm, seconds):
         """Appends a line about the steps since the last one, which took `seconds`, to log.jsonl."""
-        line = {
-            "step": self.step,
-            "loss": round(float(np.mean(self.losses)), 5) if self.losses else None,
-            "grad_norm": round(norm.item(), 5) if norm.isfinite() else None,
-            "lr": learning_rate(self.step - 1, self.args),
-            "seconds": round(seconds, 2),
-            "skipped": self.skipped,
-        }
+        loss = round(float(np.mean(self.losses)), 5) if self.losses else None
+        norm = round(norm.item(), 5) if norm.isfinite() else None
+        lr = learning_rate(self.step - 1, self.args)
+        line = {"step": self.step, "loss": loss, "grad_norm": norm, "lr": lr}
+        line.update(seconds=round(seconds, 2), skipped=self.skipped)
         self.losses = []
         self.lines.append(json.dumps(line) + "\n")
         try:
@@ -376,9 +365,8 @@ def train(trainer, net, loader):
                     net.require_backward_grad_sync = m == indices[-1]
                 with autocast:
                     part = flow_loss(net, x, s, y, args.cond_drop_prob, targets, **of_loss)
-                part = part / len(indices)
-                part.backward()
-                loss += part.detach()
+                (part / len(indices)).backward()
+                loss += part.detach() / len(indices)
             memory.all_reduce(loss)
             norm = trainer.update(loss / num_processes)
             bar.update()
@@ -410,7 +398,7 @@ def preview(trainer, bank):
         y = sample.draw_rows(range(64), 0, max(1, trainer.model.config.num_classes))
         x = sample.generate(trainer.ema, range(64), s, y, dtype=trainer.dtype)
         tokenizer = load_tokenizer(trainer.args.tokenizer, x.device)
-        images = sample.decode(x, trainer.meta, tokenizer)  # uint8 (64, H, W, 3)
+        images = sample.decode(x, trainer.meta, tokenizer)
         for name in (f"samples-{trainer.step:07d}.png", "samples.png"):
             sample.save_images(images, f"{trainer.args.out}/{name}")
     except Exception as e:  # noqa: BLE001 - whatever it is, the training goes on
@@ -491,9 +479,8 @@ def main():
         lock = memory.lock_folder(args.out)  # noqa: F841 - held as long as this process runs
     if not os.path.exists(f"{args.data}/meta.json"):
         options = {name: getattr(args, name) for name in (*PREPARED, "skip_bad")}
-        folder = f"{args.out}/data"
-        memory.prepare(args.data, folder, device, patches=args.align > 0, **options)
-        args.data = folder
+        memory.prepare(args.data, f"{args.out}/data", device, patches=args.align > 0, **options)
+        args.data = f"{args.out}/data"
     args.data = os.path.abspath(args.data)
     loader = Loader(args.data, args.seed, device, patches=args.align > 0)
 
@@ -507,9 +494,12 @@ def main():
             raise InputError("--align: the run was begun without, and has no projector")
         trainer = Trainer(args, SiT(config), loader.meta, device)
         trainer.load(checkpoint)
-        checkpoint = None  # frees memory
+        checkpoint = None  # lets go of the mapped file
     trainer.model.checkpointing = args.checkpointing
-    args.micro_batch = micro_batch_size(args, trainer.model.config)
+    micro_batch = micro_batch_size(args, trainer.model.config)
+    if args.micro_batch not in (None, micro_batch):
+        say(f"micro-batch {micro_batch}, not {args.micro_batch}: it draws other noise")
+    args.micro_batch = micro_batch
     if process == 0:
         loader.bank.save(f"{args.out}/bank.pt")
         print(f"settings: {vars(args)}")
