@@ -301,10 +301,13 @@ class MemoryBank:
         index = torch.empty_like(cosine, dtype=torch.int64)
         half = torch.zeros_like(self.labels)
         half[self.mirrored : 2 * self.mirrored] = 1
-        group = 2 * self.labels + half
-        for number in group[rows].unique():
-            members = group == number if number >= 0 else half == number % 2  # < 0: no label
-            places = group[rows] == number
+        groups = torch.stack([self.labels, half], dim=1)
+        for group in groups[rows].unique(dim=0):
+            places = (groups[rows] == group).all(1)
+            label, own_half = group
+            members = half == own_half
+            if label >= 0:
+                members &= self.labels == label
             candidates = members.nonzero().flatten()
             found = self.search(queries[places], candidates, k, leave_out_equal=s is None)
             cosine[places], index[places] = found
@@ -818,10 +821,10 @@ def lock_folder(folder):
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass  # Windows has no file locks
     except BlockingIOError as e:
         raise InputError(f"another command is writing to {folder}") from e
+    except (ImportError, OSError):
+        pass  # Windows and some network file systems have no such locks
     return file
 
 

@@ -100,8 +100,7 @@ def novelty(bank, rows, s):
     their own row, divided by the median distance of these rows to their nearest other row"""
     of_new, _ = bank.neighbours(rows, 1, s)
     of_rows, _ = bank.neighbours(rows, 1)
-    ratio = (1 - of_new).median() / (1 - of_rows).median()  # |a - b|^2 = 2 - 2 cos
-    return ratio.clamp_min(0).sqrt().item()
+    return ((1 - of_new).median() / (1 - of_rows).median()).clamp_min(0).sqrt().item()
 
 
 def read_images(paths, size):
@@ -219,15 +218,15 @@ def save_images(images, out, columns=None):
             else:
                 np.savez(file, arr_0=images)
     else:
-        os.makedirs(f"{out}.tmp", exist_ok=True)
+        shutil.rmtree(f"{out}.tmp", ignore_errors=True)  # of a killed command
+        os.makedirs(f"{out}.tmp")
         for i, image in enumerate(images):
             Image.fromarray(image).save(f"{out}.tmp/{i:06d}.png")
         os.rename(f"{out}.tmp", out)
 
 
 def read_arguments():
-    parser = argparse.ArgumentParser(description="Samples from a GMem checkpoint.")
-    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("files").add_argument
     add("--ckpt", required=True, help="checkpoint file, or the folder of a training")
     add("--out", help=".png (a grid), .npz, new folder; else new.png, add.png, .. by CKPT")
@@ -426,7 +425,8 @@ def main():
     size = config.input_size * tokenizer.factor
     unseen = memory.Images(args.audit, size) if args.audit else None
     if args.audit is not None:
-        os.stat(f"{data}/latents.npy")  # errors come now
+        now = json.loads(Path(data, "meta.json").read_text())["bank"]
+        memory.refuse_differences(meta, {"bank": now}, f"{args.ckpt} was trained")
     plan = make_plan(args, meta, bank, config, size, device)
     if args.compile:
         model = torch.compile(model)

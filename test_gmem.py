@@ -2648,8 +2648,9 @@ def read_audit(path):
 
 
 def save_data(out, images):
-    """Writes the latents that a run on pixels was trained on, of uint8 (N, H, W, 3)."""
+    """Writes the latents that the run OUT on pixels was trained on, of uint8 (N, H, W, 3)."""
     os.makedirs(f"{out}/data", exist_ok=True)
+    Path(out, "data/meta.json").write_text(json.dumps(load(f"{out}/ckpt.pt")["meta"]))
     np.save(f"{out}/data/latents.npy", images.transpose(0, 3, 1, 2))
 
 
@@ -3547,7 +3548,6 @@ def measure():
         GMem, the bank's snippets      0.532 at 0.107   0.367 at 0.086   0.310 at 0.076
         GMem, --new                    0.700 at 0.172   0.569 at 0.149   0.496 at 0.131
         GMem, --new --spread 0.7       0.642 at 0.153   0.501 at 0.128   0.439 at 0.114
-        held-out emoji                 0 at 0.173
 
         precision / recall             1,280            3,840            12,800 steps
         SiT without labels             0.159 / 0.054

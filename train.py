@@ -26,7 +26,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
@@ -40,7 +39,7 @@ MICRO_TOKENS = 128 * 256  # tokens of a forward pass, at most: 32 images of 1,02
 GIVE_UP = 50  # consecutive skipped steps that end a run
 # settings of a prepared folder, and settings that define a network: a resumed run keeps both
 PREPARED = ("image_size", "tokenizer", "latent_stats", "encoder", "rank", "flip")
-NETWORK = ("model", "condition", "memory_scale", "memory_tokens", "align_depth")
+NETWORK = ("preset", "model", "condition", "memory_scale", "memory_tokens", "align_depth")
 
 # The preset imagenet256-xl, from which the others differ. Sources are files of the official GMem;
 # "yaml" is its configs/gmem_sde_xl.yaml. Official, too, are the defaults of mask_ratio, align_depth
@@ -64,24 +63,24 @@ IMAGENET = {
     "save_every": 2500,  # yaml: ckpt_every
     "log_every": 100,  # yaml
 }
+# no warm-up, no ramp of the EMA, each image with its condition: engine/train.py, and SiT's train.py
+BARE = {"warmup": 0, "ema_ramp": False, "cond_drop_prob": 0.0}
 PRESETS = {
     "glyphs": {},
-    # configs/gmem_sde_b.yaml
+    # imagenet256-b: configs/gmem_sde_b.yaml; imagenet512-xl: README, 400 epochs
     "imagenet256-b": {**IMAGENET, "model": "LightningDiT-B/1", "steps": 80000, "save_every": 20000},
     "imagenet256-xl": IMAGENET,
-    # README: 400 epochs
     "imagenet512-xl": {**IMAGENET, "data": "data/imagenet512", "image_size": 512, "steps": 500_000},
     "official-xl": {
         **IMAGENET,
+        **BARE,
         "data": "data/imagenet256-exact",  # by memory.py --rank full --dtype float32
         "rank": "full",  # datasets/img_latent_dataset.py: the class tokens themselves
         "zero_init": False,  # models/lightningdit.py: initialize_weights
-        "warmup": 0,  # engine/train.py has none
-        "ema_ramp": False,  # engine/train.py: update_ema
-        "cond_drop_prob": 0.0,  # engine/train.py shows each image with its snippet
     },
     "sit-xl": {  # the paper's comparison with SiT; "SiT" is train.py of willisma/SiT
         **IMAGENET,
+        **BARE,
         "data": "data/imagenet256-sd",
         "tokenizer": "sd-vae-ft-ema",  # SiT
         "model": "SiT-XL/2",
@@ -89,10 +88,7 @@ PRESETS = {
         "batch_size": 256,  # SiT
         "lr": 1e-4,  # SiT
         "beta2": 0.999,  # SiT
-        "warmup": 0,  # SiT
-        "align": 0.0,  # SiT
-        "ema_ramp": False,  # SiT: 0.9999 from the first step on
-        "cond_drop_prob": 0.0,  # as official-xl
+        "align": 0.0,  # SiT; loss and times stay those of GMem (SiT: uniform times, no cosine)
     },
 }
 
@@ -170,9 +166,9 @@ def read_settings():
         say(f"--resume: {path} does not exist, the run begins at step 0")
 
     args = parser.parse_args()
-    steps = parser.get_default("steps")
-    decay = [step * args.steps // steps for step in parser.get_default("decay")]
-    parser.set_defaults(decay=decay)  # it scales with the steps
+    default_steps = parser.get_default("steps")  # those that the default decay is for
+    default_decay = parser.get_default("decay")
+    parser.set_defaults(decay=[step * args.steps // default_steps for step in default_decay])
     if os.path.exists(f"{args.data}/meta.json"):
         made = json.loads(Path(args.data, "meta.json").read_text())["settings"]
         made = {name: made[name] for name in PREPARED}
@@ -222,8 +218,7 @@ class Loader:
         positions = range(start, start + size)
         return np.sort([epoch_order(self.seed, p // N, N)[p % N] for p in positions])
 
-    def read(self, start):
-        rows = self.rows(start, self.size)
+    def read(self, rows):
         # numpy only: torch in a second thread would take the cores from the first
         batch = {name: torch.from_numpy(array[rows]) for name, array in self.arrays.items()}
         if self.device.type == "cuda":
@@ -233,10 +228,10 @@ class Loader:
     def batches(self, args, first_step, indices):
         """Yields, for each step and each micro-batch in indices, x (B, C, h, w) as the network sees
         it, s (B, D), y (B,), patch tokens or None."""
-        self.size = args.micro_batch
         steps = np.arange(first_step, args.steps)[:, None]
-        starts = steps * args.batch_size + np.array(indices) * self.size
-        for batch in memory.ahead(self.read, starts.flatten()):
+        starts = steps * args.batch_size + np.array(indices) * args.micro_batch
+        rows = (self.rows(start, args.micro_batch) for start in starts.flatten().tolist())
+        for batch in memory.ahead(self.read, rows):
             batch = {name: part.to(self.device, non_blocking=True) for name, part in batch.items()}
             x = memory.normalize_latents(batch["latents"], self.stats)
             s = self.bank.decode(batch["coef"].float() * batch["scale"][:, None])
@@ -329,17 +324,6 @@ class Trainer:
         return line
 
 
-def note_signals():
-    """-> a list, empty until SIGTERM, SIGINT, SIGHUP or SIGUSR1 comes, then with its number. A
-    signal that is ignored, as SIGHUP is under nohup, stays ignored."""
-    signals = []
-    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
-        number = getattr(signal, name, None)  # Windows has the first two
-        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda number, frame: signals.append(number))
-    return signals
-
-
 def train(trainer, net, loader):
     """The loop; net is trainer.model, compiled and distributed where that is wanted. Returns 0 at
     the end of the training, or the number of a signal, with everything saved."""
@@ -348,14 +332,17 @@ def train(trainer, net, loader):
     # the micro-batches of process r in each step: r, r + num_processes, ..
     indices = range(process, args.batch_size // args.micro_batch, num_processes)
     batches = loader.batches(args, trainer.step, indices)
-    signals = note_signals()
+    signals = []  # the numbers of those that have come
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
+        number = getattr(signal, name, None)  # Windows has the first two
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, lambda number, frame: signals.append(number))
     device = loader.device
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=trainer.dtype == "bfloat16")
     of_loss = {"align": args.align, "t_mean": args.t_mean, "t_std": args.t_std}
     stop = 0
     began = time.perf_counter()
-    options = {"desc": "training", "total": args.steps, "initial": trainer.step}
-    with memory.progress(**options, unit="step") as bar:
+    with memory.progress(desc="train", total=args.steps, initial=trainer.step, unit="step") as bar:
         while trainer.step < args.steps and not stop:
             loss = torch.zeros((), device=device)
             for m in indices:
@@ -365,14 +352,15 @@ def train(trainer, net, loader):
                     net.require_backward_grad_sync = m == indices[-1]
                 with autocast:
                     part = flow_loss(net, x, s, y, args.cond_drop_prob, targets, **of_loss)
-                (part / len(indices)).backward()
-                loss += part.detach() / len(indices)
+                part = part / len(indices)
+                part.backward()
+                loss += part.detach()
             memory.all_reduce(loss)
             norm = trainer.update(loss / num_processes)
             bar.update()
 
             stop = torch.tensor(signals[0] if signals else 0)
-            memory.all_reduce(stop, dist.ReduceOp.MAX)
+            memory.all_reduce(stop, torch.distributed.ReduceOp.MAX)
             last = stop or trainer.step == args.steps
             if process == 0 and (last or trainer.step % args.log_every == 0):
                 line = trainer.log(norm, time.perf_counter() - began)
@@ -397,8 +385,7 @@ def preview(trainer, bank):
         s = torch.cat([bank[rows], sample.new_snippets(bank, rows, range(32))])
         y = sample.draw_rows(range(64), 0, max(1, trainer.model.config.num_classes))
         x = sample.generate(trainer.ema, range(64), s, y, dtype=trainer.dtype)
-        tokenizer = load_tokenizer(trainer.args.tokenizer, x.device)
-        images = sample.decode(x, trainer.meta, tokenizer)
+        images = sample.decode(x, trainer.meta, load_tokenizer(trainer.args.tokenizer, x.device))
         for name in (f"samples-{trainer.step:07d}.png", "samples.png"):
             sample.save_images(images, f"{trainer.args.out}/{name}")
     except Exception as e:  # noqa: BLE001 - whatever it is, the training goes on
@@ -442,8 +429,7 @@ def new_model(args, loader):
         try:
             missing = model.load_state_dict(weights, strict=False).missing_keys
         except RuntimeError as e:
-            reason = str(e).splitlines()[-1].strip()
-            raise InputError(f"--init {args.init} is another network: {reason}") from e
+            raise InputError(f"--init is another network: {str(e).splitlines()[-1].strip()}") from e
         if missing:
             say(f"not in --init, drawn anew: {', '.join(missing)}")
     return model
@@ -457,18 +443,6 @@ def micro_batch_size(args, config):
     tokens = (config.input_size // config.patch_size) ** 2
     most = args.micro_batch or max(1, min(MICRO_BATCH, MICRO_TOKENS // tokens))
     return max(size for size in range(1, most + 1) if share % size == 0)
-
-
-def wrapped(model, args, device):
-    """The model, compiled and distributed where that is wanted."""
-    compiled = device.type == "cuda" if args.compile is None else args.compile
-    net = torch.compile(model) if compiled else model
-    if rank_world()[1] > 1:
-        device_ids = [device.index] if device.type == "cuda" else None
-        # large buckets, as torch.compile cuts the network at each one
-        net = DDP(net, device_ids, gradient_as_bucket_view=True, bucket_cap_mb=200)
-        net.broadcast_buffers = False  # ours are constants
-    return net
 
 
 def main():
@@ -504,11 +478,17 @@ def main():
         loader.bank.save(f"{args.out}/bank.pt")
         print(f"settings: {vars(args)}")
         print(f"data: {loader.meta['images']:,} images; bank: {loader.bank}")
-        parameters = sum(p.numel() for p in trainer.parameters)
-        print(f"network: {parameters:,} parameters; {num_processes} processes, on {device}")
+        print(f"network: {sum(p.numel() for p in trainer.parameters):,} parameters, on {device}")
     torch.set_float32_matmul_precision("high")
+    compiled = device.type == "cuda" if args.compile is None else args.compile
+    net = torch.compile(trainer.model) if compiled else trainer.model
+    if num_processes > 1:
+        device_ids = [device.index] if device.type == "cuda" else None
+        # large buckets, as torch.compile cuts the network at each one
+        net = DDP(net, device_ids, gradient_as_bucket_view=True, bucket_cap_mb=200)
+        net.broadcast_buffers = False  # ours are constants
     try:
-        stopped_by = train(trainer, wrapped(trainer.model, args, device), loader)
+        stopped_by = train(trainer, net, loader)
     except torch.OutOfMemoryError as e:
         raise InputError(f"{device} has no memory: lower --micro-batch, or --checkpointing") from e
     say(f"{args.out}/ckpt.pt holds step {trainer.step:,}")
