@@ -218,11 +218,10 @@ def save_images(images, out, columns=None):
             else:
                 np.savez(file, arr_0=images)
     else:
-        shutil.rmtree(f"{out}.tmp", ignore_errors=True)  # of a killed command
-        os.makedirs(f"{out}.tmp")
+        os.makedirs(f"{out}.parts/png", exist_ok=True)
         for i, image in enumerate(images):
-            Image.fromarray(image).save(f"{out}.tmp/{i:06d}.png")
-        os.rename(f"{out}.tmp", out)
+            Image.fromarray(image).save(f"{out}.parts/png/{i:06d}.png")
+        os.rename(f"{out}.parts/png", out)
 
 
 def read_arguments():
@@ -300,7 +299,7 @@ def load_checkpoint(args, device):
     bank = load_bank(args.bank or f"{folder}/bank.pt", meta) if model.config.memory_dim else None
     data = f"{folder}/data"  # moved with the training, or where it was
     if not os.path.exists(f"{data}/latents.npy"):
-        data = content.get("settings", {}).get("data")
+        data = content.get("settings", {}).get("data", data)
     return model, {**meta, "step": content.get("step")}, bank, data
 
 
