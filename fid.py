@@ -2,7 +2,8 @@
 ADM's evaluator.py (openai/guided-diffusion) defines them, KID, and FD-DINOv2 as EDM2's.
 
     FID        |mu - mu'|^2 + tr(S + S' - 2 (S S')^1/2), of mean and covariance of pooled features
-    sFID, FD   the same of 7 channels of an inner layer at 17 x 17 places; of any other features
+    sFID       the same of 7 channels of an inner layer, at 17 x 17 places
+    FD         the same of other features, as DINOv2's
     IS         exp of the mean KL(p(y|x) || p(y)), averaged over splits of 5,000 images
     precision  the fraction of the samples within the 3rd-neighbour radius of some reference image
     recall     the fraction of the reference images within that radius of some sample
@@ -62,7 +63,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 def pivoted_cholesky(sigma):
-    """(D, D) -> U (rank, D) with sigma = U' U. It pivots, so that zeros do not become noise."""
+    """(D, D), may be singular -> U (rank, D) with sigma = U' U, cut off at the numerical rank"""
     factor, pivot, rank, _ = linalg.lapack.dpstrf(sigma)
     return np.triu(factor)[:rank, np.argsort(pivot)]
 
@@ -146,7 +147,8 @@ def image_files(folder):
     """-> paths of all images below a folder, folder by folder, as torchvision's ImageFolder sorts
     them. Links are followed, each real folder once; hidden and system folders are passed over."""
     passed_over = (".", "@", "$RECYCLE.BIN", "__MACOSX", "lost+found")
-    endings = tuple(Image.registered_extensions())
+    endings = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".gif", ".bmp")
+    endings += (".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".tga")
     visited = set()
     files = []
     for place, folders, names in os.walk(folder, onerror=print, followlinks=True):
@@ -156,7 +158,7 @@ def image_files(folder):
             continue
         visited.add(os.path.realpath(place))
         for name in sorted(names):
-            if name.lower().endswith(endings) and not name.startswith(passed_over):
+            if os.path.splitext(name.lower())[1] in endings and not name.startswith(passed_over):
                 files.append(os.path.join(place, name))
     return files
 
@@ -192,9 +194,9 @@ def open_images(path, batch_size):
 class InputSet:
     """REF or SAMPLES: what its path holds, and later what a network makes of its images"""
 
-    def __init__(self, path, batch_size, weights):
+    def __init__(self, path, batch_size, network_name):
         self.path = path
-        self.weights = weights  # the name of the network of outputs and statistics
+        self.network_name = network_name  # of outputs and statistics
         self.count = 0  # the number of images or features; 0: unknown
         self.batches = None  # of images
         self.outputs = []  # of the network, (N, D) each, features first
@@ -204,7 +206,7 @@ class InputSet:
         elif path.endswith(".npy"):
             self.outputs = [np.load(path).astype(np.float64)]
             self.count = len(self.outputs[0])
-            self.weights = "features"
+            self.network_name = "features"
         else:
             archive = np.load(path)
             made_by = str(archive.get("weights", STANDARD))
@@ -212,8 +214,8 @@ class InputSet:
                 self.count, self.batches = open_images(path, batch_size)
             else:
                 self.count = int(archive.get("n", 0))
-                self.weights = made_by
-            if self.weights == made_by:  # else statistics of the images are computed
+                self.network_name = made_by
+            if self.network_name == made_by:  # else those of the images are computed
                 self.statistics = [archive[name] for name in STATISTICS if name in archive]
         if self.batches is not None and self.count < 4:
             raise InputError(f"{path} holds {self.count} images, expected 4 or more")
@@ -226,8 +228,7 @@ average_pool = torch.nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=Fals
 class Inception:
     """Inception v3 as TensorFlow had it in 2015; the figures are those of arXiv 1512.00567.
 
-    weights: the state dict of pytorch-fid's file, which also says how wide the layers are; or {}:
-    random layers, 3 x 3 and 16 wide, for a trial without the file
+    weights: the state dict of pytorch-fid's file, which also says how wide the layers are
     """
 
     def __init__(self, weights, device):
@@ -235,11 +236,6 @@ class Inception:
 
     def conv(self, x, name, stride=1, padding="same"):
         """Convolution, batch norm, ReLU"""
-        if not self.weights:
-            generator = torch.Generator().manual_seed(sum(name.encode()))
-            kernel = torch.empty(16, x.shape[1], 3, 3)
-            torch.nn.init.kaiming_normal_(kernel, nonlinearity="relu", generator=generator)
-            return F.conv2d(x, kernel.to(x.device), None, stride, padding).relu()
         kernel, *batch_norm = [self.weights[f"{name}.{part}"] for part in LAYER]
         x = F.conv2d(x, kernel, None, stride, padding)
         return F.batch_norm(x, *batch_norm, eps=1e-3).relu()
@@ -279,7 +275,7 @@ class Inception:
             branch7x7dbl = self.chain(x, block + ".branch7x7dbl", 5)
             branch_pool = self.conv(average_pool(x), block + ".branch_pool")
             x = torch.cat([branch1x1, branch7x7, branch7x7dbl, branch_pool], 1)
-            if block == "Mixed_6d":
+            if block == "Mixed_6d":  # ADM: mixed_6/conv
                 spatial = branch1x1[:, :7].permute(0, 2, 3, 1).flatten(1)
         branch3x3 = self.conv(x, "Mixed_7a.branch3x3_1")
         branch3x3 = self.conv(branch3x3, "Mixed_7a.branch3x3_2", stride=2, padding=0)
@@ -290,8 +286,7 @@ class Inception:
         x = self.figure_7(x, average_pool(x), "Mixed_7b")
         x = self.figure_7(x, F.max_pool2d(x, 3, stride=1, padding=1), "Mixed_7c")
         pool = x.mean((2, 3))
-        fc = self.weights.get("fc.weight", torch.eye(96, device=x.device))
-        return pool, spatial, pool @ fc.T
+        return pool, spatial, pool @ self.weights["fc.weight"].T
 
     def figure_7(self, x, pooled, block):
         branch3x3 = self.conv(x, block + ".branch3x3_1")
@@ -321,8 +316,6 @@ def load_network(args):
     if args.inception is None:
         download = torch.hub.load_state_dict_from_url
         weights = download(INCEPTION_URL, map_location="cpu", check_hash=True, weights_only=True)
-    elif args.inception == "random":
-        weights = {}
     else:
         weights = torch.load(args.inception, map_location="cpu", weights_only=True)
     return Inception(weights, args.device)
@@ -343,8 +336,8 @@ def load_dinov2_features(source, device):
     return class_token
 
 
-def weights_name(args):
-    """-> the name of the network: statistics are stored with it, and equal names are compared"""
+def network_name(args):
+    """-> the name of the network, which --save-stats writes: only equal names are compared"""
     source = args.network or args.inception or STANDARD
     if not os.path.isfile(source):
         return source
@@ -374,8 +367,8 @@ def compute_outputs(images, network, device):
 
 def evaluate(ref, gen, device):
     """InputSets with statistics -> numbers by name; None: they need images or features of both"""
-    result = {"weights": gen.weights, "N_ref": ref.count, "N_samples": gen.count}
-    is_inception = gen.weights.startswith(("inception", "random"))
+    result = {"weights": gen.network_name, "N_ref": ref.count, "N_samples": gen.count}
+    is_inception = gen.network_name.startswith("inception")
     distance = frechet_distance(*ref.statistics[:2], *gen.statistics[:2])
     result["FID" if is_inception else "FD"] = distance
     if len(ref.statistics) == 4 and len(gen.statistics) == 4:
@@ -397,7 +390,7 @@ def main():
     parser.add_argument("ref", metavar="REF", help=f"the real images: {kinds}")
     parser.add_argument("samples", metavar="SAMPLES", help="the generated images, likewise")
     networks = parser.add_mutually_exclusive_group()
-    networks.add_argument("--inception", help="weights file (default: a download), or random")
+    networks.add_argument("--inception", help="weights file (default: a download)")
     networks.add_argument("--network", help="DINOv2 instead: dinov2_vitl14, or a weights file")
     parser.add_argument("--save-stats", metavar="F.npz", help="write the statistics of REF")
     parser.add_argument("--json", metavar="F", help="write the numbers as JSON")
@@ -406,17 +399,23 @@ def main():
     args = parser.parse_args()
 
     torch.backends.cudnn.allow_tf32 = False
-    weights = weights_name(args)
-    ref = InputSet(args.ref, args.batch_size, weights)
-    gen = InputSet(args.samples, args.batch_size, weights)
-    if ref.weights != gen.weights:
-        raise InputError(f"{args.ref} is of {ref.weights}, {args.samples} of {gen.weights}")
+    name = network_name(args)
+    ref = InputSet(args.ref, args.batch_size, name)
+    gen = InputSet(args.samples, args.batch_size, name)
+    if ref.network_name != gen.network_name:
+        raise InputError(
+            f"{args.ref} is of {ref.network_name}, {args.samples} of {gen.network_name}"
+        )
+    with_images = [one for one in (ref, gen) if one.batches is not None]
+    if with_images:
+        network = load_network(args)
+    for one in with_images:
+        one.outputs = compute_outputs(one, network, args.device)
     for one in (ref, gen):
-        if one.batches is not None:
-            one.outputs = compute_outputs(one, load_network(args), args.device)
-        for values in one.outputs[len(one.statistics) // 2 : 2]:
-            values = float64_tensor(values).numpy()
-            one.statistics += [values.mean(0), np.atleast_2d(np.cov(values.T))]
+        if not one.statistics:
+            for values in one.outputs[:2]:  # of FID, of sFID
+                values = float64_tensor(values).numpy()
+                one.statistics += [values.mean(0), np.atleast_2d(np.cov(values.T))]
 
     device = "cpu" if args.device == "mps" else args.device  # MPS has no float64
     result = evaluate(ref, gen, device)
@@ -431,7 +430,7 @@ def main():
     if args.save_stats:
         with open(args.save_stats + ".tmp", "wb") as file:
             np.savez(
-                file, weights=ref.weights, n=ref.count, **dict(zip(STATISTICS, ref.statistics))
+                file, weights=ref.network_name, n=ref.count, **dict(zip(STATISTICS, ref.statistics))
             )
         os.replace(args.save_stats + ".tmp", args.save_stats)
 

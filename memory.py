@@ -28,7 +28,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +40,7 @@ from tqdm import tqdm
 RANK = 64  # of a bank, by default
 DTYPES = ("int8", "float16", "float32")  # of a bank's coefficients
 BLOCK = 4096  # rows of a bank are computed so many at a time
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of the data set of glyphs
 THREADS = ThreadPoolExecutor(min(16, os.cpu_count() or 1))  # they decode images
 
 
@@ -49,8 +49,8 @@ class InputError(ValueError):
 
 
 def mask(s, ratio, generator=None):
-    """Dropout: a random fraction of the entries of s (B, D) is zero, the rest divided by 1 - ratio,
-    which is in [0, 1)."""
+    """A random fraction of the entries of s (B, D) is zero, the rest divided by 1 - ratio, which is
+    in [0, 1). SiT does the same by dropout; this is for other networks."""
     keep = torch.rand(s.shape, generator=generator, dtype=torch.float32) >= ratio
     return s * keep.to(s.device) / (1 - ratio)
 
@@ -75,7 +75,7 @@ def mix(a, b, alpha, method="slerp"):
 
 @contextmanager
 def full_float32():
-    """Whatever the caller has switched on: no gradients, no autocast, no TF32 within it."""
+    """Within it are no gradients, no autocast and no TF32, whatever the caller has switched on."""
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
     before = [backend.fp32_precision for backend in backends]
     cpu = torch.autocast("cpu", enabled=False)
@@ -292,9 +292,9 @@ class MemoryBank:
     @full_float32()
     def neighbours(self, rows, k, s=None):
         """rows (B,) -> cosine (B, k), index (B, k) of the k rows most similar to each, or to s
-        (B, D), the most similar first. They are of the row's class, where it has a label, and its
-        half of the bank, original or mirrored images. Rows equal to it are left out. Where there
-        are fewer than k: cosine -1, index -1."""
+        (B, D), the most similar first. Candidates are the rows of the same class (all, if a row has
+        no label) and the same half of the bank (original or mirror images), without those that
+        equal the row. Where there are fewer than k: cosine -1, index -1."""
         rows = torch.as_tensor(rows, device=self.coef.device).reshape(-1)
         queries = self[rows] if s is None else s.to(self.coef.device)
         cosine = queries.new_empty(len(rows), k)
@@ -389,7 +389,8 @@ def image_files(folder):
     """-> paths of all images below a folder, folder by folder, as torchvision's ImageFolder sorts
     them. Links are followed, each real folder once; hidden and system folders are passed over."""
     passed_over = (".", "@", "$RECYCLE.BIN", "__MACOSX", "lost+found")
-    endings = tuple(Image.registered_extensions())
+    endings = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".gif", ".bmp")
+    endings += (".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".tga")
     visited = set()
     files = []
     for place, folders, names in os.walk(folder, onerror=print, followlinks=True):
@@ -399,7 +400,7 @@ def image_files(folder):
             continue
         visited.add(os.path.realpath(place))
         for name in sorted(names):
-            if name.lower().endswith(endings) and not name.startswith(passed_over):
+            if os.path.splitext(name.lower())[1] in endings and not name.startswith(passed_over):
                 files.append(os.path.join(place, name))
     return files
 
@@ -411,7 +412,7 @@ def read_image(path):
 
 def center_crop(image, size):
     """The crop of ADM and DiT: box filter while twice too large, then bicubic, then the centre."""
-    longest = 8 * min(image.size)  # of a banner the middle alone: enlarged, it would take gigabytes
+    longest = 8 * min(image.size)  # of a banner the middle: all of it, enlarged, takes gigabytes
     image = ImageOps.fit(image, (min(image.width, longest), min(image.height, longest)))
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
@@ -462,7 +463,7 @@ def read_array(src):
     if images.shape[3:] != (3,) or images.dtype != np.uint8 or labels.shape != images.shape[:1]:
         arrays = f"{images.dtype} {images.shape} and labels {labels.shape}"
         raise InputError(f"{src} holds {arrays}: expected uint8 (N, H, W, 3) and (N,)")
-    return images, labels, [str(i) for i in range(labels.max() + 1)]
+    return images, labels, [str(i) for i in range(int(labels.max()) + 1)]
 
 
 class Images:
@@ -472,9 +473,9 @@ class Images:
     def __init__(self, src, size, skip_bad=False):
         self.size = size
         self.files = None
-        if is_glyphs(src):
-            self.classes = list(src.partition(":")[2] or LETTERS)
-            self.array, labels = glyphs(size=size, characters=self.classes)
+        if src == "glyphs":
+            self.classes = list(LETTERS)
+            self.array, labels = glyphs(size=size)
         elif os.path.isdir(src):
             self.files, labels, self.classes = only_on_process_zero(read_folder, src, skip_bad)
         elif src.endswith((".npy", ".npz")):
@@ -494,13 +495,6 @@ class Images:
     def batch(self, rows):
         """-> uint8 tensor (B, size, size, 3), decoded by several threads"""
         return torch.from_numpy(np.stack(list(THREADS.map(self.__getitem__, rows))))
-
-
-def is_glyphs(src):
-    return src.split(":")[0] == "glyphs"
-
-
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def glyphs(n=10400, size=16, seed=0, characters=LETTERS):
@@ -569,8 +563,8 @@ def denormalize_latents(x, stats):
 
 
 def in_batches(f, images, device):
-    """Calls f, of images (b, 3, H, W) in [-1, 1], on uint8 images (N, H, W, 3) batch by batch, with
-    64 images of 256 pixels, or as many pixels -> each of its results (N, ..), on the CPU"""
+    """Calls f, of images (b, 3, H, W) in [-1, 1], on uint8 images (N, H, W, 3) batch by batch: 64
+    images, or fewer where they are larger than 256 pixels -> its results (N, ..), on the CPU"""
     batch_size = max(1, 64 * 256**2 // max(256**2, images.shape[1] ** 2))
     results = []
     for batch in torch.as_tensor(images).split(batch_size):
@@ -591,16 +585,15 @@ class Blocks:
     """Arrays in .npy files of a folder, which the processes of one machine fill, `size` rows at a
     time. A killed command goes on where it stopped.
 
-    arrays  name -> (shape, dtype); then name -> memmap; "done" is added: which blocks are filled
+    arrays  given as name -> (shape, dtype), kept as name -> memmap; done: which blocks are filled
     todo    the ranges of rows that are left to this process
     InputError where another command fills the folder now, or began to, with other settings."""
 
     def __init__(self, folder, settings, arrays, num_rows, size):
-        process, num_processes = rank_world()
         self.size = size
         path = f"{folder}/progress.json"
         arrays = {**arrays, "done": ((-(-num_rows // size),), "bool")}
-        if process == 0:
+        if process_rank() == 0:
             self.lock = lock_folder(folder)
             if not os.path.exists(path):
                 for name, (shape, dtype) in arrays.items():
@@ -609,7 +602,7 @@ class Blocks:
             refuse_differences(json.loads(Path(path).read_text()), settings, f"{folder} was begun")
         barrier()
         self.arrays = {name: np.load(f"{folder}/{name}.npy", mmap_mode="r+") for name in arrays}
-        left = np.flatnonzero(~self.arrays["done"])[process::num_processes]
+        left = np.flatnonzero(~self.arrays["done"])[process_rank() :: num_processes()]
         self.todo = [range(num_rows)[i * size : (i + 1) * size] for i in left]
         barrier()  # all have read `done` before a process writes it
 
@@ -632,8 +625,9 @@ def is_prepared(out, src, settings):
     was = {**meta["settings"], "images": meta["images"]}
     if os.path.isdir(src) and not settings["skip_bad"]:
         settings = {**settings, "images": len(image_files(src))}
-    now = {name: settings[name] for name in settings if name != "patches" or settings[name]}
-    refuse_differences(was, now, f"{out} was prepared")
+    if not settings["patches"]:
+        del was["patches"]  # a folder with them serves a run without
+    refuse_differences(was, settings, f"{out} was prepared")
     return True
 
 
@@ -648,7 +642,7 @@ def load_features(path):
 
 
 def patch_basis(path, images, encode, device):
-    """Writes a bank of the patch tokens of 256 images: all are stored in its basis."""
+    """Writes a bank of the patch tokens of 256 images, whose basis is used for those of all."""
     if not os.path.exists(path):
         rows = np.linspace(0, len(images) - 1, min(len(images), 256)).astype(int)
         tokens = in_batches(lambda x: encode(x)[1:], images.batch(rows), device)[0]
@@ -685,6 +679,7 @@ def encode_images(images, tokenizer, encode, out, settings, device):
             parts["patches"], parts["patch_scales"] = quantize(c, torch.int8)
         return [parts[name] for name in arrays]
 
+    # fill stands first, so that it is asked again after the last block and notes it as done
     for rows, x in zip(blocks.fill("encoding"), ahead(images.batch, blocks.todo)):
         for first_row in first_rows:
             values = in_batches(encode_batch, x.flip(2) if first_row else x, device)
@@ -708,16 +703,16 @@ def prepare(data, out, device="cpu", **options):
     """
     from model import load_encoder, load_tokenizer
 
-    settings = vars(make_parser().parse_args([f"--out={out}"]))
+    settings = vars(make_parser().parse_args([f"--out={out}"]))  # the defaults of all flags
     assert set(options) <= set(settings), options
     settings = {**settings, **options, "source": data}
     del settings["data"], settings["out"]
-    for name, value in settings.items():
+    for name, value in settings.items():  # paths are stored absolute
         if isinstance(value, str) and (os.path.isfile(value) or name == "source"):
-            settings[name] = value if is_glyphs(value) else os.path.abspath(value)
+            settings[name] = value if value == "glyphs" else os.path.abspath(value)
     if only_on_process_zero(is_prepared, out, data, settings):
         return
-    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) < rank_world()[1]:
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) < num_processes():
         raise InputError("several nodes cannot fill one file: prepare on one node")
     tokenizer = first_on_process_zero(load_tokenizer, settings["tokenizer"], device)
     encode = first_on_process_zero(load_encoder, settings["encoder"], device)
@@ -732,7 +727,7 @@ def prepare(data, out, device="cpu", **options):
             raise InputError(f"{len(features):,} rows of features for {len(labels):,} images")
 
     blocks = encode_images(images, tokenizer, encode, out, settings, device)
-    if rank_world()[0] == 0:
+    if process_rank() == 0:
         latents = blocks.arrays["latents"]
         if stats is None:
             rows = np.linspace(0, len(latents) - 1, min(len(latents), 10_000)).astype(int)
@@ -757,7 +752,7 @@ def save_prepared(out, bank, meta, files):
     if files is not None:
         source = meta["settings"]["source"]
         top = source if os.path.isdir(source) else os.path.dirname(source)
-        lines = [os.path.relpath(file, top or ".") + "\n" for file in files]
+        lines = [os.path.relpath(file, top) + "\n" for file in files]
         Path(out, "files.txt").write_bytes(os.fsencode("".join(lines)))
     counts = torch.bincount(bank.labels[bank.labels >= 0]).tolist()
     write_json(f"{out}/meta.json", {**meta, "class_counts": counts, "bank": bank.id})
@@ -768,8 +763,7 @@ def save_prepared(out, bank, meta, files):
 def progress(items=None, **options):
     """A bar, in process 0; where stderr is no terminal, at most a line in 30 s."""
     interval = 0.1 if sys.stderr.isatty() else 30
-    hidden = rank_world()[0] > 0
-    return tqdm(items, disable=hidden, mininterval=interval, maxinterval=30, **options)
+    return tqdm(items, disable=process_rank() > 0, mininterval=interval, maxinterval=30, **options)
 
 
 def last_part(path):
@@ -790,9 +784,14 @@ def refuse_differences(was, now, what):
 def ahead(f, items):
     """Yields f(item) for each item; a thread works on the next one while this one is used."""
     with ThreadPoolExecutor(1) as thread:
-        begun = (thread.submit(f, item) for item in items)
-        for this, _next in pairwise(chain(begun, [None])):  # taking _next has submitted it
-            yield this.result()
+        previous = None
+        for item in items:
+            begun = thread.submit(f, item)
+            if previous is not None:
+                yield previous.result()
+            previous = begun
+        if previous is not None:
+            yield previous.result()
 
 
 @contextmanager
@@ -845,16 +844,17 @@ def init_distributed(device=None):
     return device
 
 
-def rank_world():
-    """-> this process's rank, number of processes (0, 1 without torch.distributed)"""
-    if dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+def process_rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def num_processes():
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def all_reduce(tensor, op=dist.ReduceOp.SUM):
     """Sums a tensor over all processes, in place."""
-    if rank_world()[1] > 1:
+    if num_processes() > 1:
         dist.all_reduce(tensor, op)
 
 
@@ -865,18 +865,18 @@ def barrier():
 
 def first_on_process_zero(f, *args):
     """f(*args) on process 0, then on the others, which find what it has downloaded."""
-    if rank_world()[0] > 0:
+    if process_rank() > 0:
         barrier()
     result = f(*args)
-    if rank_world()[0] == 0:
+    if process_rank() == 0:
         barrier()
     return result
 
 
 def only_on_process_zero(f, *args):
     """-> on all processes, what f(*args) returns on process 0"""
-    results = [f(*args) if rank_world()[0] == 0 else None]
-    if rank_world()[1] > 1:
+    results = [f(*args) if process_rank() == 0 else None]
+    if num_processes() > 1:
         dist.broadcast_object_list(results, device="cpu")
     return results[0]
 
@@ -934,11 +934,11 @@ def main():
     device = init_distributed()
     if args.data is not None:
         prepare(device=device, **vars(args))
-        if rank_world()[0] == 0:
+        if process_rank() == 0:
             print(f"{args.out}: {MemoryBank.load(f'{args.out}/bank.pt')}")
     elif os.path.exists(args.out):
         raise InputError(f"{args.out} exists: name another file for the bank, or delete it")
-    elif rank_world()[0] == 0:
+    elif process_rank() == 0:
         features = load_features(args.features)
         name = last_part(args.features)
         bank = MemoryBank.build(features, args.rank, args.dtype, device=device, encoder=name)

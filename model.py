@@ -47,7 +47,7 @@ class SiTConfig:
     memory_dim: int = 0  # D of the snippets; 0: no memory
     memory_scale: float = 1.0  # factor on snippets (official: 1); see standardize_snippets
     memory_center: bool = False  # the network sees s - mean: a masked entry is the mean, not zero
-    memory_tokens: bool = False  # s is also added to the tokens, by D -> T*h (not official)
+    memory_tokens: bool = False  # s is also added to the image tokens, by a linear layer (ours)
     num_classes: int = 0  # 0: no labels
     mask_ratio: float = 0.4  # dropout of a snippet's entries in training (official GMem: 0.4)
     learn_sigma: bool = False  # twice the output channels, half unused (official SiT weights)
@@ -63,7 +63,9 @@ class SiTConfig:
     def __post_init__(self):
         if self.input_size % self.patch_size != 0:
             raise InputError(f"patch_size {self.patch_size} does not divide {self.input_size}")
-        assert self.hidden_size % (4 * self.num_heads) == 0, "heads need 4, 8, 12, ... numbers"
+        assert self.hidden_size % (4 * self.num_heads) == 0, (
+            "hidden_size / num_heads: a multiple of 4"
+        )
         assert not self.align_dim or 1 <= self.align_depth <= self.depth, "align_depth"
 
 
@@ -273,9 +275,9 @@ class SiT(nn.Module):
 
     @torch.no_grad()
     def standardize_snippets(self, bank):
-        """Sets memory_mean and config.memory_scale so that the snippets of a bank, as the network
-        sees them, have mean 0 and variance 1. bank: a MemoryBank or tensor (N, D), unit-norm; up to
-        10,000 rows of it are used."""
+        """Sets memory_mean, a buffer, and config.memory_scale so that the snippets of a bank, as
+        the network sees them, have mean 0 and variance 1. bank: a MemoryBank or tensor (N, D), of
+        unit norm; up to 10,000 rows of it are used."""
         if not self.config.memory_center:
             raise InputError("standardize_snippets: the config needs memory_center=True")
         rows = torch.linspace(0, len(bank) - 1, min(len(bank), 10_000), dtype=torch.float64)
@@ -285,7 +287,7 @@ class SiT(nn.Module):
         self.config.memory_scale = 1 / max(std, 1e-6)
 
     def shown_snippets(self, s):
-        """Snippets (B, D) as the network sees them: centred, scaled, masked; zeros stay zeros."""
+        """Snippets (B, D) as the network sees them: centred (not the null one), scaled, masked"""
         if self.config.memory_center:
             s = (s - self.memory_mean) * s.any(dim=1, keepdim=True)
         return F.dropout(self.config.memory_scale * s, self.config.mask_ratio, self.training)
@@ -349,7 +351,7 @@ def cosine(v, u):
 
 
 def training_modes(model):
-    """The set of .training of each SiT in a model, which may wrap it; empty where there is none."""
+    """.training of the SiT that a model is or wraps: {True} or {False}, or {} without a SiT"""
     modules = model.modules() if isinstance(model, nn.Module) else []
     return {module.training for module in modules if isinstance(module, SiT)}
 
@@ -483,8 +485,6 @@ def load_file(source, urls=()):
         if not os.path.exists(source):
             os.makedirs(os.path.dirname(source), exist_ok=True)
             torch.hub.download_url_to_file(url, source, hash_prefix=sha256)
-    elif urls and not os.path.exists(source):
-        raise FileNotFoundError(f"{source}: neither a file nor one of {', '.join(urls)}")
     with torch.serialization.safe_globals([argparse.Namespace]):  # in SiT's files
         mapped = zipfile.is_zipfile(source)
         return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
@@ -547,7 +547,7 @@ def load_sit(source, config=None):
     content = load_file(source)
     weights = weights_of(content)
     config = config or content.get("config")
-    if isinstance(config, dict) and "model" not in config:  # "model": in official settings
+    if isinstance(config, dict) and "model" not in config:  # official: a yaml with "model"
         config = SiTConfig(**config)
     if not isinstance(config, SiTConfig):
         if "token_projection.weight" in weights or "memory_mean" in weights:
@@ -779,7 +779,7 @@ def load_dinov2(source, hub_positions=False):
 
 
 def dinov2_features(model, images):
-    """images: uint8 (B, 3, H, H) -> class token (B, D), patch tokens (B, T, D), as the official
+    """images: 0 .. 255 (B, 3, H, H) -> class token (B, D), patch tokens (B, T, D), as the official
     GMem's: ImageNet's mean and std, then bicubic (not antialiased) to 224 pixels for every 256"""
     mean = torch.tensor([0.485, 0.456, 0.406], device=images.device)[:, None, None]
     std = torch.tensor([0.229, 0.224, 0.225], device=images.device)[:, None, None]

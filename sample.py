@@ -29,11 +29,11 @@ import torch.distributed as dist
 from PIL import Image
 
 import memory
-from memory import InputError, MemoryBank, rank_world
+from memory import InputError, MemoryBank, num_processes, process_rank
 from model import guided, load_file, load_sit, load_tokenizer, ode, sde
 
 NEIGHBOURS = 10  # nearest rows, whose covariance gives the step of --new
-TRAINING, NOISE, NEW = 0, 1, 3  # a stream of random numbers for each purpose; 2 is free
+TRAINING, NOISE, NEW = 0, 1, 3  # each purpose has its stream of random numbers, by this number
 SAMPLER = ("seed", "method", "steps", "shift", "cfg", "interval", "dtype")  # of generate
 METHODS = ("euler", "heun", "sde-euler", "sde-heun")
 
@@ -91,8 +91,8 @@ def decode(x, meta, tokenizer):
 def new_snippets(bank, rows, ids, seed=0, spread=1.0):
     """Snippets (B, D), each around its row of the bank, that belong to no training image"""
     noise = [torch.randn(NEIGHBOURS, generator=g) for g in generators_of(NEW, seed, ids)]
-    pairs = zip(rows.split(8192), torch.stack(noise).split(8192))
-    return torch.cat([bank.around(row, step, spread) for row, step in pairs]).cpu()
+    parts = zip(rows.split(8192), torch.stack(noise).split(8192))
+    return torch.cat([bank.around(*part, spread) for part in parts]).cpu()
 
 
 def novelty(bank, rows, s):
@@ -100,7 +100,8 @@ def novelty(bank, rows, s):
     their own row, divided by the median distance of these rows to their nearest other row"""
     of_new, _ = bank.neighbours(rows, 1, s)
     of_rows, _ = bank.neighbours(rows, 1)
-    return ((1 - of_new).median() / (1 - of_rows).median()).clamp_min(0).sqrt().item()
+    ratio = (1 - of_new).median() / (1 - of_rows).median()  # of |a - b|^2 = 2 (1 - cos)
+    return ratio.clamp_min(0).sqrt().item()
 
 
 def read_images(paths, size):
@@ -175,8 +176,8 @@ def write_audit(out, images, unseen, meta, folder, tokenizer, device):
     if unseen is not None:
         count = min(len(unseen), len(images))
         held_out = encode(unseen.batch(np.linspace(0, len(unseen) - 1, count).astype(int)))
-    elif memory.is_glyphs(meta["settings"]["source"]):
-        glyphs, _ = memory.glyphs(len(images), images.shape[1], seed=1, characters=meta["classes"])
+    elif meta["settings"]["source"] == "glyphs":
+        glyphs, _ = memory.glyphs(len(images), images.shape[1], seed=1)
         held_out = encode(glyphs)
     mirrored = meta["images"] if meta["settings"]["flip"] else 0
     distance, row, to_other = audit(encode(images), data, stats, held_out, mirrored)
@@ -284,7 +285,7 @@ def load_checkpoint(args, device):
     """-> model; meta of the data that it was trained on; bank or None; the folder of the data"""
     content = load_file(args.ckpt)
     model = load_sit(content).to(device)
-    if rank_world()[1] > 1:  # a training may replace the file, and some open it later than others
+    if num_processes() > 1:  # a training may replace the file while they open it
         for weight in model.state_dict().values():
             dist.broadcast(weight, 0)
     folder = os.path.dirname(args.ckpt) or "."
@@ -308,10 +309,10 @@ def load_bank(path, meta):
     bank = MemoryBank.load(path)
     settings = meta["settings"]
     same_bank = meta.get("bank") == bank.id
-    if same_bank and not bank.classes:  # a bank of the version before
+    if same_bank and not bank.classes:  # a file of the version before lacks both
         mirrored = meta["images"] if settings["flip"] else 0
         bank = replace(bank, classes=meta["classes"], mirrored=mirrored)
-    if rank_world()[0] == 0:
+    if process_rank() == 0:
         print(f"bank: {bank}{'' if same_bank else ', not the one of the training'}")
         trained_on = memory.last_part(settings.get("features") or settings["encoder"])
         if bank.encoder != trained_on:
@@ -321,9 +322,9 @@ def load_bank(path, meta):
 
 @dataclass
 class Plan:
-    """What is made: the images numbered ids, of snippets s (B, D) and labels y (B,)"""
+    """What is made: images of snippets s (B, D) and labels y (B,)"""
 
-    ids: list
+    ids: list  # image i begins with the noise numbered ids[i]
     s: torch.Tensor = None
     y: torch.Tensor = None
     given: np.ndarray = None  # added images (R, H, W, 3), at the start of the lines of the grid
@@ -356,7 +357,8 @@ def make_plan(args, meta, bank, config, size, device):
         plan.ids = [0] * n
         plan.columns = n
     elif args.snippets:
-        plan.s = torch.tensor(np.load(args.snippets)).float()
+        features = memory.float_tensor(memory.load_features(args.snippets), "cpu")
+        plan.s = memory.unit_norm(features)
         plan.ids = list(range(len(plan.s)))
     elif bank is not None:
         rows = torch.arange(len(bank))
@@ -367,18 +369,16 @@ def make_plan(args, meta, bank, config, size, device):
     if args.new:
         bank = bank.to(device)
         plan.s = new_snippets(bank, rows, plan.ids, args.seed, args.spread)
-        if rank_world()[0] == 0:
+        if process_rank() == 0:
             ratio = novelty(bank, rows[:1000], plan.s[:1000])
             print(f"new snippets' distance to the bank, relative to that of its rows: {ratio:.2f}")
     elif rows is not None:
         plan.s = bank[rows]
     if plan.s is not None and plan.s.shape[1:] != (config.memory_dim,):
         raise InputError(f"snippets {tuple(plan.s.shape)}, expected (N, {config.memory_dim})")
-    if args.snippets:
-        plan.s = memory.unit_norm(plan.s).contiguous()
     if config.num_classes:
         counts = meta["class_counts"]
-        labels = torch.repeat_interleave(torch.tensor(counts))  # of all training images
+        labels = torch.repeat_interleave(torch.tensor(counts))  # drawn as often as in the data
         if args.label is not None:
             labels = torch.tensor([class_number(args.label, meta["classes"], counts)])
         plan.y = labels[draw_rows(plan.ids, args.seed, len(labels))]
@@ -393,7 +393,7 @@ def make_images(args, model, meta, tokenizer, plan):
     settings["weights"] = zlib.crc32(model.x_embedder.proj.weight.detach().cpu().numpy())
     for name in ("ids", "s", "y"):
         values = getattr(plan, name)
-        settings[name] = None if values is None else zlib.crc32(np.asarray(values))
+        settings[name] = None if values is None else zlib.crc32(np.ascontiguousarray(values))
     size = model.config.input_size * tokenizer.factor
     arrays = {"images": ((len(plan.ids), size, size, 3), "uint8")}
     blocks = memory.Blocks(f"{args.out}.parts", settings, arrays, len(plan.ids), args.batch_size)
@@ -431,10 +431,11 @@ def main():
         model = torch.compile(model)
 
     images = make_images(args, model, meta, tokenizer, plan)
-    if rank_world()[0] == 0:
+    if process_rank() == 0:
         picture = images
         if plan.given is not None and args.out.lower().endswith(".png"):
-            picture = np.insert(images, range(0, len(images), plan.columns - 1), plan.given, axis=0)
+            starts = range(0, len(images), plan.columns - 1)  # of the lines of the grid
+            picture = np.insert(images, starts, plan.given, axis=0)
         save_images(picture, args.out, plan.columns)
         print(f"wrote {args.out}")
         if args.save_bank:

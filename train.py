@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import memory
 import sample
-from memory import InputError, rank_world
+from memory import InputError, num_processes, process_rank
 from model import CONFIGS, SiT, SiTConfig, flow_loss, load_file, load_sit, load_tokenizer
 
 MICRO_BATCH = 128  # images of a forward pass, at most, where --micro-batch is not given
@@ -63,7 +63,7 @@ IMAGENET = {
     "save_every": 2500,  # yaml: ckpt_every
     "log_every": 100,  # yaml
 }
-# no warm-up, no ramp of the EMA, each image with its condition: engine/train.py, and SiT's train.py
+# no warm-up, no ramp of the EMA, each image with its condition: engine/train.py
 BARE = {"warmup": 0, "ema_ramp": False, "cond_drop_prob": 0.0}
 PRESETS = {
     "glyphs": {},
@@ -78,7 +78,7 @@ PRESETS = {
         "rank": "full",  # datasets/img_latent_dataset.py: the class tokens themselves
         "zero_init": False,  # models/lightningdit.py: initialize_weights
     },
-    "sit-xl": {  # the paper's comparison with SiT; "SiT" is train.py of willisma/SiT
+    "sit-xl": {  # SiT-XL/2 with the memory, or --condition class; SiT: train.py of willisma/SiT
         **IMAGENET,
         **BARE,
         "data": "data/imagenet256-sd",
@@ -88,6 +88,7 @@ PRESETS = {
         "batch_size": 256,  # SiT
         "lr": 1e-4,  # SiT
         "beta2": 0.999,  # SiT
+        "cond_drop_prob": 0.1,  # SiT, models.py: class_dropout_prob
         "align": 0.0,  # SiT; loss and times stay those of GMem (SiT: uniform times, no cosine)
     },
 }
@@ -104,7 +105,7 @@ def make_parser():
     add = parser.add_argument_group("network").add_argument
     add("--model", choices=CONFIGS, metavar="NAME", default="SiT-T/16", help="%(choices)s")
     add("--condition", choices=("memory", "class", "none"), default="memory", help="what it sees")
-    add("--memory-scale", default="unit", help="factor on snippets; unit: mean 0, variance 1")
+    add("--memory-scale", default="standard", help="factor on snippets; or standardised")
     add("--memory-tokens", action=flag, help="add the snippet to each token (by default in SiT-T)")
     add("--mask-ratio", type=float, default=0.4, help="fraction of a snippet masked in training")
     add("--zero-init", action=flag, default=True, help="adaLN and the last layer start at zero")
@@ -121,7 +122,7 @@ def make_parser():
     add("--warmup", type=int, default=50, help="steps of linear warm-up of the learning rate")
     decay = {"type": int, "nargs": 2, "metavar": ("A", "B"), "default": [750, 1300]}
     add("--decay", **decay, help="the learning rate falls to 0 from step A to B; 0 0: it does not")
-    add("--clip", type=float, default=1.0, help="gradients of larger norm are scaled to it")
+    add("--clip", type=float, default=1.0, help="gradients of larger norm are scaled to it; 0: not")
     add("--ema", type=float, default=0.9999, help="decay rate of the average of the weights (EMA)")
     add("--ema-ramp", action=flag, default=True, help="--ema is at most (1 + step)/(10 + step)")
     add("--cond-drop-prob", type=float, default=0.1, help="fraction without snippet or label")
@@ -160,13 +161,14 @@ def read_settings():
         saved = checkpoint["settings"]
         of_this_command = ("data", "out", "device", "resume")
         was = {name: saved[name] for name in saved if name in args and name not in of_this_command}
-        own_data = os.path.exists(f"{args.out}/data/meta.json")  # it may have moved with OUT
+        own_data = os.path.exists(f"{args.out}/data/meta.json")  # OUT may have moved
         parser.set_defaults(**was, data=f"{args.out}/data" if own_data else saved["data"])
     elif args.resume:
         say(f"--resume: {path} does not exist, the run begins at step 0")
 
     args = parser.parse_args()
-    default_steps = parser.get_default("steps")  # those that the default decay is for
+    # without --decay, that of the preset or the resumed run is scaled to --steps
+    default_steps = parser.get_default("steps")
     default_decay = parser.get_default("decay")
     parser.set_defaults(decay=[step * args.steps // default_steps for step in default_decay])
     if os.path.exists(f"{args.data}/meta.json"):
@@ -185,7 +187,7 @@ def read_settings():
 
 
 def say(text):
-    if rank_world()[0] == 0:
+    if process_rank() == 0:
         tqdm.write(text, file=sys.stderr)
 
 
@@ -288,10 +290,10 @@ class Trainer:
     @torch.no_grad()
     def update(self, loss):
         """One step by the gradients of the last backward pass -> gradient norm. Where the loss or
-        the norm is not finite, on all processes, nothing changes."""
+        the norm, which all processes share, is not finite, nothing changes."""
         lr = learning_rate(self.step, self.args)
         self.optimizer.param_groups[0].update(lr=lr, betas=(0.9, self.args.beta2))
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.args.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.args.clip or torch.inf)
         if torch.isfinite(loss + norm):
             self.optimizer.step()
             ramp = (1 + self.step) / (10 + self.step) if self.args.ema_ramp else 1
@@ -328,9 +330,8 @@ def train(trainer, net, loader):
     """The loop; net is trainer.model, compiled and distributed where that is wanted. Returns 0 at
     the end of the training, or the number of a signal, with everything saved."""
     args = trainer.args
-    process, num_processes = rank_world()
     # the micro-batches of process r in each step: r, r + num_processes, ..
-    indices = range(process, args.batch_size // args.micro_batch, num_processes)
+    indices = range(process_rank(), args.batch_size // args.micro_batch, num_processes())
     batches = loader.batches(args, trainer.step, indices)
     signals = []  # the numbers of those that have come
     for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
@@ -348,7 +349,7 @@ def train(trainer, net, loader):
             for m in indices:
                 x, s, y, targets = next(batches)
                 torch.manual_seed(sample.mixed_seed(sample.TRAINING, args.seed, trainer.step, m))
-                if num_processes > 1:  # gradients are exchanged in the last micro-batch only
+                if num_processes() > 1:  # gradients are exchanged in the last micro-batch only
                     net.require_backward_grad_sync = m == indices[-1]
                 with autocast:
                     part = flow_loss(net, x, s, y, args.cond_drop_prob, targets, **of_loss)
@@ -356,23 +357,23 @@ def train(trainer, net, loader):
                 part.backward()
                 loss += part.detach()
             memory.all_reduce(loss)
-            norm = trainer.update(loss / num_processes)
+            norm = trainer.update(loss / num_processes())
             bar.update()
 
             stop = torch.tensor(signals[0] if signals else 0)
             memory.all_reduce(stop, torch.distributed.ReduceOp.MAX)
             last = stop or trainer.step == args.steps
-            if process == 0 and (last or trainer.step % args.log_every == 0):
+            if process_rank() == 0 and (last or trainer.step % args.log_every == 0):
                 line = trainer.log(norm, time.perf_counter() - began)
                 bar.set_postfix(loss=line["loss"])
                 began = time.perf_counter()
             if trainer.consecutive_skips >= GIVE_UP:
                 raise InputError(f"{GIVE_UP} steps without a finite loss: try a lower --lr")
-            if process == 0 and (last or trainer.step % args.save_every == 0):
+            if process_rank() == 0 and (last or trainer.step % args.save_every == 0):
                 trainer.save("ckpt.pt")
                 if args.preview and not stop:
                     preview(trainer, loader.bank)
-            if process == 0 and args.keep_every and trainer.step % args.keep_every == 0:
+            if process_rank() == 0 and args.keep_every and trainer.step % args.keep_every == 0:
                 trainer.save(f"ema-{trainer.step:07d}.pt")
     return int(stop)
 
@@ -395,36 +396,36 @@ def preview(trainer, bank):
 def new_model(args, loader):
     """-> the network of a new run on these data, with random weights or those of --init"""
     initial = load_sit(args.init) if args.init else None
-    settings = dict(vars(initial.config) if initial else CONFIGS[args.model])
+    fields = dict(vars(initial.config) if initial else CONFIGS[args.model])
     in_channels, input_size, _ = loader.meta["latent"]
-    settings.update(input_size=input_size, in_channels=in_channels, mask_ratio=args.mask_ratio)
-    settings.update(zero_init=args.zero_init, memory_dim=0, num_classes=0, align_dim=0)
+    fields.update(input_size=input_size, in_channels=in_channels, mask_ratio=args.mask_ratio)
+    fields.update(zero_init=args.zero_init, memory_dim=0, num_classes=0, align_dim=0)
     # a network that knows snippets goes on with their centring and scale
     known = initial is not None and initial.config.memory_dim > 0
     if args.condition != "memory":
-        settings["memory_center"] = False
+        fields["memory_center"] = False
     else:
-        settings["memory_dim"] = loader.bank.dim
-        if not known and args.memory_scale == "unit":
-            settings["memory_center"] = True
+        fields["memory_dim"] = loader.bank.dim
+        if not known and args.memory_scale == "standard":
+            fields["memory_center"] = True
         elif not known:
-            settings["memory_scale"] = float(args.memory_scale)
+            fields["memory_scale"] = float(args.memory_scale)
     if args.memory_tokens is not None:
-        settings["memory_tokens"] = args.memory_tokens
+        fields["memory_tokens"] = args.memory_tokens
     if args.condition == "class":
-        settings["num_classes"] = len(loader.meta["classes"])
+        fields["num_classes"] = len(loader.meta["classes"])
         if not loader.meta["classes"]:
             raise InputError(f"{args.data} has no labels (class sub-folders) for --condition class")
     if args.align > 0:
-        settings.update(align_dim=loader.patch_bank.dim, align_depth=args.align_depth)
+        fields.update(align_dim=loader.patch_bank.dim, align_depth=args.align_depth)
 
     torch.manual_seed(args.seed)
-    model = SiT(SiTConfig(**settings))
-    if settings.get("memory_center") and not known:
+    model = SiT(SiTConfig(**fields))
+    if fields.get("memory_center") and not known:
         model.standardize_snippets(loader.bank)
     if initial:
         weights = initial.state_dict()
-        if settings["num_classes"] != initial.config.num_classes:  # other classes
+        if fields["num_classes"] != initial.config.num_classes:  # other classes
             weights.pop("y_embedder.embedding_table.weight", None)
         try:
             missing = model.load_state_dict(weights, strict=False).missing_keys
@@ -437,9 +438,9 @@ def new_model(args, loader):
 
 def micro_batch_size(args, config):
     """Images of a forward pass: the largest divisor of one process's batch within the limits"""
-    share, rest = divmod(args.batch_size, rank_world()[1])
+    share, rest = divmod(args.batch_size, num_processes())
     if share == 0 or rest > 0:
-        raise InputError(f"--batch-size {args.batch_size}: {rank_world()[1]} does not divide it")
+        raise InputError(f"--batch-size {args.batch_size}: {num_processes()} does not divide it")
     tokens = (config.input_size // config.patch_size) ** 2
     most = args.micro_batch or max(1, min(MICRO_BATCH, MICRO_TOKENS // tokens))
     return max(size for size in range(1, most + 1) if share % size == 0)
@@ -448,8 +449,7 @@ def micro_batch_size(args, config):
 def main():
     device = memory.init_distributed(make_parser().parse_args().device)
     args, checkpoint = read_settings()
-    process, num_processes = rank_world()
-    if process == 0:
+    if process_rank() == 0:
         lock = memory.lock_folder(args.out)  # noqa: F841 - held as long as this process runs
     if not os.path.exists(f"{args.data}/meta.json"):
         options = {name: getattr(args, name) for name in (*PREPARED, "skip_bad")}
@@ -474,7 +474,7 @@ def main():
     if args.micro_batch not in (None, micro_batch):
         say(f"micro-batch {micro_batch}, not {args.micro_batch}: it draws other noise")
     args.micro_batch = micro_batch
-    if process == 0:
+    if process_rank() == 0:
         loader.bank.save(f"{args.out}/bank.pt")
         print(f"settings: {vars(args)}")
         print(f"data: {loader.meta['images']:,} images; bank: {loader.bank}")
@@ -482,7 +482,7 @@ def main():
     torch.set_float32_matmul_precision("high")
     compiled = device.type == "cuda" if args.compile is None else args.compile
     net = torch.compile(trainer.model) if compiled else trainer.model
-    if num_processes > 1:
+    if num_processes() > 1:
         device_ids = [device.index] if device.type == "cuda" else None
         # large buckets, as torch.compile cuts the network at each one
         net = DDP(net, device_ids, gradient_as_bucket_view=True, bucket_cap_mb=200)
