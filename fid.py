@@ -100,7 +100,7 @@ def distance_blocks(a, b, rows=500):
     b = b - center
     for part in (a - center).split(rows):
         distance = torch.cdist(part, b)
-        distance[distance < 1e-5 * part.norm(dim=1, keepdim=True)] = 0  # rounding
+        distance[distance < 1e-5 * part.norm(dim=1, keepdim=True)] = 0  # equal, up to float32
         yield distance
 
 
@@ -130,8 +130,8 @@ def kernel_sum(a, b, rows=500):
 def to_rgb(image):
     """PIL image -> RGB, 8 bits: upright, transparency on white, 16-bit grey scaled to 8 bits.
     InputError for floats and 32-bit integers, in which black and white are not defined."""
-    has_16_bits = image.format in ("PNG", "PPM")  # where Pillow opens it as I
-    is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and has_16_bits)
+    is_16_bit = image.mode.startswith("I;16")
+    is_16_bit |= image.mode == "I" and image.format in ("PNG", "PPM")  # Pillow opens it as I there
     if image.mode in ("I", "F") and not is_16_bit:
         raise InputError(f"mode {image.mode} has no black and white: save it with 8 or 16 bits")
     image = ImageOps.exif_transpose(image)
@@ -215,7 +215,7 @@ class InputSet:
             else:
                 self.count = int(archive.get("n", 0))
                 self.network_name = made_by
-            if self.network_name == made_by:  # else those of the images are computed
+            if self.network_name == made_by:  # those of another network are not used
                 self.statistics = [archive[name] for name in STATISTICS if name in archive]
         if self.batches is not None and self.count < 4:
             raise InputError(f"{path} holds {self.count} images, expected 4 or more")

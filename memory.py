@@ -83,7 +83,7 @@ def full_float32():
     try:
         for backend in backends:
             backend.fp32_precision = "ieee"
-        with torch.inference_mode(False), torch.no_grad(), cpu, cuda:
+        with torch.inference_mode(False), torch.no_grad(), cpu, cuda:  # results may enter autograd
             yield
     finally:
         for backend, precision in zip(backends, before):
@@ -181,7 +181,7 @@ class MemoryBank:
         rank    directions kept, at most min(N, D); "full": all, and float16 in place of int8
         dtype   of the coefficients, one of DTYPES
         labels  (N,) integers, -1: none
-        device  where the bank is computed; it is on the CPU
+        device  of the computation; the bank that is returned is on the CPU
         fields  encoder, classes and mirrored of the bank
         """
         N, D = features.shape
@@ -291,10 +291,10 @@ class MemoryBank:
 
     @full_float32()
     def neighbours(self, rows, k, s=None):
-        """rows (B,) -> cosine (B, k), index (B, k) of the k rows most similar to each, or to s
-        (B, D), the most similar first. Candidates are the rows of the same class (all, if a row has
-        no label) and the same half of the bank (original or mirror images), without those that
-        equal the row. Where there are fewer than k: cosine -1, index -1."""
+        """rows (B,) -> cosine (B, k), index (B, k) of the k rows most similar to each, without
+        those equal to it; or, given s (B, D), most similar to s. Candidates are the rows of the
+        same class (all, where it has fewer than 3 or the row no label) and the same half of the
+        bank, original or mirror images. Where there are fewer than k: cosine -1, index -1."""
         rows = torch.as_tensor(rows, device=self.coef.device).reshape(-1)
         queries = self[rows] if s is None else s.to(self.coef.device)
         cosine = queries.new_empty(len(rows), k)
@@ -304,11 +304,9 @@ class MemoryBank:
         groups = torch.stack([self.labels, half], dim=1)
         for group in groups[rows].unique(dim=0):
             places = (groups[rows] == group).all(1)
-            label, own_half = group
-            members = half == own_half
-            if label >= 0:
-                members &= self.labels == label
-            candidates = members.nonzero().flatten()
+            candidates = (groups == group).all(1).nonzero().flatten()
+            if group[0] < 0 or len(candidates) < 3:
+                candidates = (half == group[1]).nonzero().flatten()
             found = self.search(queries[places], candidates, k, leave_out_equal=s is None)
             cosine[places], index[places] = found
         return cosine, index
@@ -372,8 +370,8 @@ class MemoryBank:
 def to_rgb(image):
     """PIL image -> RGB, 8 bits: upright, transparency on white, 16-bit grey scaled to 8 bits.
     InputError for floats and 32-bit integers, in which black and white are not defined."""
-    has_16_bits = image.format in ("PNG", "PPM")  # where Pillow opens it as I
-    is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and has_16_bits)
+    is_16_bit = image.mode.startswith("I;16")
+    is_16_bit |= image.mode == "I" and image.format in ("PNG", "PPM")  # Pillow opens it as I there
     if image.mode in ("I", "F") and not is_16_bit:
         raise InputError(f"mode {image.mode} has no black and white: save it with 8 or 16 bits")
     image = ImageOps.exif_transpose(image)
@@ -412,7 +410,7 @@ def read_image(path):
 
 def center_crop(image, size):
     """The crop of ADM and DiT: box filter while twice too large, then bicubic, then the centre."""
-    longest = 8 * min(image.size)  # of a banner the middle: all of it, enlarged, takes gigabytes
+    longest = 8 * min(image.size)  # a banner is cut first: enlarged as a whole it takes gigabytes
     image = ImageOps.fit(image, (min(image.width, longest), min(image.height, longest)))
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
@@ -433,7 +431,7 @@ def fault_of(path):
 
 
 def read_folder(src, skip_bad=False):
-    """-> paths of images, labels (list; -1: none), classes (the sub-folders)"""
+    """-> paths, labels (-1: none), classes. All images are decoded, to name the broken ones."""
     files = image_files(src)
     faults = THREADS.map(fault_of, files)
     faults = list(progress(faults, desc="checking images", total=len(files), unit="img"))
@@ -449,7 +447,7 @@ def read_folder(src, skip_bad=False):
     if not files or (len(classes) > 1 and "" in classes):
         raise InputError(f"{src}: expected images (.png, .jpg, ..), all in class folders or none")
     if classes[0] == "":
-        return files, labels - 1, []
+        return files, [-1] * len(files), []
     return files, labels, classes.tolist()
 
 
@@ -581,7 +579,7 @@ def encode_features(images, encoder, device="cpu"):
     return in_batches(lambda x: encode(x)[:1], images, device)[0]
 
 
-class Blocks:
+class ResumableArrays:
     """Arrays in .npy files of a folder, which the processes of one machine fill, `size` rows at a
     time. A killed command goes on where it stopped.
 
@@ -650,8 +648,8 @@ def patch_basis(path, images, encode, device):
 
 
 def encode_images(images, tokenizer, encode, out, settings, device):
-    """Fills latents.npy, features.npy and, with patches, patches.npy, patch_scales.npy -> Blocks.
-    Each image is decoded once, for itself and its mirror image."""
+    """Fills latents.npy, features.npy and, with patches, patches.npy, patch_scales.npy; each image
+    is decoded once, for itself and its mirror image. -> ResumableArrays"""
     n = len(images)
     first_rows = (0, n) if settings["flip"] else (0,)
     N = n * len(first_rows)
@@ -665,13 +663,13 @@ def encode_images(images, tokenizer, encode, out, settings, device):
             raise InputError(f"the encoder {settings['encoder']} has no patch tokens")
         arrays["patches"] = ((N, tokens.shape[1], min(RANK, tokens.shape[2])), "int8")
         arrays["patch_scales"] = ((N, tokens.shape[1]), "float32")
-    blocks = Blocks(out, {**settings, "images": n}, arrays, n, 256)
+    blocks = ResumableArrays(out, {**settings, "images": n}, arrays, n, 256)
     if settings["patches"]:
         only_on_process_zero(patch_basis, f"{out}/patches.pt", images, encode, device)
         patch_bank = MemoryBank.load(f"{out}/patches.pt").to(device)
 
     def encode_batch(x):
-        """images (b, 3, H, W) in [-1, 1] -> what each of the arrays holds of them"""
+        """images (b, 3, H, W) in [-1, 1] -> what each of the arrays keeps of them"""
         parts = {"latents": tokenizer.encode(x).to(getattr(torch, tokenizer.dtype))}
         parts["features"], tokens = encode(x)
         if settings["patches"]:
@@ -679,8 +677,9 @@ def encode_images(images, tokenizer, encode, out, settings, device):
             parts["patches"], parts["patch_scales"] = quantize(c, torch.int8)
         return [parts[name] for name in arrays]
 
-    # fill stands first, so that it is asked again after the last block and notes it as done
-    for rows, x in zip(blocks.fill("encoding"), ahead(images.batch, blocks.todo)):
+    batches = ahead(images.batch, blocks.todo)
+    for rows in blocks.fill("encoding"):
+        x = next(batches)
         for first_row in first_rows:
             values = in_batches(encode_batch, x.flip(2) if first_row else x, device)
             finite = values[0].isfinite().flatten(1).all(1)
@@ -705,11 +704,12 @@ def prepare(data, out, device="cpu", **options):
 
     settings = vars(make_parser().parse_args([f"--out={out}"]))  # the defaults of all flags
     assert set(options) <= set(settings), options
-    settings = {**settings, **options, "source": data}
+    source = data if data == "glyphs" else os.path.abspath(data)
+    settings = {**settings, **options, "source": source}
     del settings["data"], settings["out"]
-    for name, value in settings.items():  # paths are stored absolute
-        if isinstance(value, str) and (os.path.isfile(value) or name == "source"):
-            settings[name] = value if value == "glyphs" else os.path.abspath(value)
+    for name in ("tokenizer", "latent_stats", "encoder", "features"):
+        if os.path.isfile(settings[name] or ""):
+            settings[name] = os.path.abspath(settings[name])
     if only_on_process_zero(is_prepared, out, data, settings):
         return
     if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) < num_processes():
@@ -778,7 +778,7 @@ def refuse_differences(was, now, what):
         if name in was and last_part(was[name]) != last_part(now[name]):
             differ.append(f"{name} {was[name]}, not {now[name]}")
     if differ:
-        raise InputError(f"{what} with {', '.join(differ)}: give the same, or another --out")
+        raise InputError(f"{what} with {', '.join(differ)}: give the same, or another folder")
 
 
 def ahead(f, items):
@@ -835,7 +835,7 @@ def init_distributed(device=None):
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     device = torch.device(device)
     if device.type == "cuda":
-        index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+        index = int(os.environ.get("LOCAL_RANK", "0")) % max(1, torch.cuda.device_count())
         device = torch.device("cuda", index if device.index is None else device.index)
         torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():

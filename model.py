@@ -334,7 +334,7 @@ class SiT(nn.Module):
                 projected = self.projector[0](tokens)
 
         out = self.unpatchify(self.final_layer(tokens, c))
-        if config.predict_x:  # out is x; the bound keeps v finite
+        if config.predict_x:  # out is x; v stays finite (beyond t = 0.95 out learns x_t + 0.05 v)
             out = (out - x) / (1 - t[:, None, None, None]).clamp_min(0.05).to(dtype)
         return out if projected is None else (out, projected)
 
@@ -351,7 +351,7 @@ def cosine(v, u):
 
 
 def training_modes(model):
-    """.training of the SiT that a model is or wraps: {True} or {False}, or {} without a SiT"""
+    """.training of the SiT in a model (a wrapper's may differ): {True}, {False} or, without, {}"""
     modules = model.modules() if isinstance(model, nn.Module) else []
     return {module.training for module in modules if isinstance(module, SiT)}
 
@@ -547,7 +547,7 @@ def load_sit(source, config=None):
     content = load_file(source)
     weights = weights_of(content)
     config = config or content.get("config")
-    if isinstance(config, dict) and "model" not in config:  # official: a yaml with "model"
+    if isinstance(config, dict) and "model" not in config:  # else it is an official yaml
         config = SiTConfig(**config)
     if not isinstance(config, SiTConfig):
         if "token_projection.weight" in weights or "memory_mean" in weights:
@@ -604,9 +604,10 @@ class Level(nn.Module):
         widths_in = [width_in] + [width] * (num_blocks - 1)
         self.block = nn.ModuleList([ResnetBlock(w, width) for w in widths_in])
         self.attn = nn.ModuleList([attn(width) for _ in widths_in])
-        down = named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(width, width, 3, stride=2))
+        pad = nn.ZeroPad2d((0, 1, 0, 1))  # at right and below only
+        down = named(pad=pad, conv=nn.Conv2d(width, width, 3, stride=2))
         up = named(enlarge=nn.Upsample(scale_factor=2), conv=conv3x3(width, width))
-        self.downsample = down if downsample else nn.Identity()  # padded at right and below only
+        self.downsample = down if downsample else nn.Identity()
         self.upsample = up if upsample else nn.Identity()
 
     def forward(self, x):

@@ -33,7 +33,7 @@ from memory import InputError, MemoryBank, num_processes, process_rank
 from model import guided, load_file, load_sit, load_tokenizer, ode, sde
 
 NEIGHBOURS = 10  # nearest rows, whose covariance gives the step of --new
-TRAINING, NOISE, NEW = 0, 1, 3  # each purpose has its stream of random numbers, by this number
+TRAINING, NOISE, NEW = 0, 1, 3  # streams of random numbers, one a purpose; 2 is unused
 SAMPLER = ("seed", "method", "steps", "shift", "cfg", "interval", "dtype")  # of generate
 METHODS = ("euler", "heun", "sde-euler", "sde-heun")
 
@@ -48,7 +48,7 @@ def generators_of(purpose, seed, ids):
     return [torch.Generator().manual_seed(mixed_seed(purpose, seed, i)) for i in ids]
 
 
-def draw_rows(ids, seed, count):
+def draw_indices(ids, seed, count):
     """-> for each image number a random index below count: of a row of the bank, or a label"""
     return torch.tensor([int(np.random.default_rng([seed, i]).integers(count)) for i in ids])
 
@@ -96,8 +96,8 @@ def new_snippets(bank, rows, ids, seed=0, spread=1.0):
 
 
 def novelty(bank, rows, s):
-    """Median distance of snippets s (B, D) to the nearest row of the bank, of the class and half of
-    their own row, divided by the median distance of these rows to their nearest other row"""
+    """Median distance of new snippets s (B, D) to their nearest candidate (see bank.neighbours),
+    divided by that of the rows that they are around. 0: copies, 1: as far as other images"""
     of_new, _ = bank.neighbours(rows, 1, s)
     of_rows, _ = bank.neighbours(rows, 1)
     ratio = (1 - of_new).median() / (1 - of_rows).median()  # of |a - b|^2 = 2 (1 - cos)
@@ -219,7 +219,7 @@ def save_images(images, out, columns=None):
             else:
                 np.savez(file, arr_0=images)
     else:
-        os.makedirs(f"{out}.parts/png", exist_ok=True)
+        os.makedirs(f"{out}.parts/png", exist_ok=True)  # OUT appears when it is complete
         for i, image in enumerate(images):
             Image.fromarray(image).save(f"{out}.parts/png/{i:06d}.png")
         os.rename(f"{out}.parts/png", out)
@@ -229,7 +229,7 @@ def read_arguments():
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("files").add_argument
     add("--ckpt", required=True, help="checkpoint file, or the folder of a training")
-    add("--out", help=".png (a grid), .npz, new folder; else new.png, add.png, .. by CKPT")
+    add("--out", help=".png (a grid), .npz or new folder; if not given, a .png by CKPT")
     add("--num-images", type=int, help="number of images; 64, or with --add and --mix 8 a line")
     add("--batch-size", type=int, default=64, help="images of one forward pass")
 
@@ -305,7 +305,7 @@ def load_checkpoint(args, device):
 
 
 def load_bank(path, meta):
-    """The bank of a model, or another one, which is said"""
+    """-> the bank in the file path; prints it, and whether it is another one than the training's"""
     bank = MemoryBank.load(path)
     settings = meta["settings"]
     same_bank = meta.get("bank") == bank.id
@@ -365,7 +365,7 @@ def make_plan(args, meta, bank, config, size, device):
         if args.label is not None:
             counts = bank.labels[bank.labels >= 0].bincount().tolist()
             rows = rows[bank.labels == class_number(args.label, bank.classes, counts)]
-        rows = rows[draw_rows(plan.ids, args.seed, len(rows))]
+        rows = rows[draw_indices(plan.ids, args.seed, len(rows))]
     if args.new:
         bank = bank.to(device)
         plan.s = new_snippets(bank, rows, plan.ids, args.seed, args.spread)
@@ -378,10 +378,10 @@ def make_plan(args, meta, bank, config, size, device):
         raise InputError(f"snippets {tuple(plan.s.shape)}, expected (N, {config.memory_dim})")
     if config.num_classes:
         counts = meta["class_counts"]
-        labels = torch.repeat_interleave(torch.tensor(counts))  # drawn as often as in the data
+        labels = torch.repeat_interleave(torch.tensor(counts))  # i stands counts[i] times
         if args.label is not None:
             labels = torch.tensor([class_number(args.label, meta["classes"], counts)])
-        plan.y = labels[draw_rows(plan.ids, args.seed, len(labels))]
+        plan.y = labels[draw_indices(plan.ids, args.seed, len(labels))]
     return plan
 
 
@@ -396,7 +396,9 @@ def make_images(args, model, meta, tokenizer, plan):
         settings[name] = None if values is None else zlib.crc32(np.ascontiguousarray(values))
     size = model.config.input_size * tokenizer.factor
     arrays = {"images": ((len(plan.ids), size, size, 3), "uint8")}
-    blocks = memory.Blocks(f"{args.out}.parts", settings, arrays, len(plan.ids), args.batch_size)
+    blocks = memory.ResumableArrays(
+        f"{args.out}.parts", settings, arrays, len(plan.ids), args.batch_size
+    )
     for rows in blocks.fill("sampling"):
         part = slice(rows.start, rows.stop)
         s = None if plan.s is None else plan.s[part]
@@ -418,9 +420,7 @@ def main():
         raise InputError(f"{name} and its statistics: expected {config.in_channels} channels")
     needs_memory = args.new or args.add or args.mix or args.snippets
     if bank is None and (needs_memory or (args.label and not config.num_classes)):
-        raise InputError(
-            f"{args.ckpt} has no memory (--new, --add, --mix, --snippets) and no classes (--label)"
-        )
+        raise InputError(f"{args.ckpt} has no memory (for --new, --add, ..), no classes (--label)")
     size = config.input_size * tokenizer.factor
     unseen = memory.Images(args.audit, size) if args.audit else None
     if args.audit is not None:

@@ -42,8 +42,8 @@ PREPARED = ("image_size", "tokenizer", "latent_stats", "encoder", "rank", "flip"
 NETWORK = ("preset", "model", "condition", "memory_scale", "memory_tokens", "align_depth")
 
 # The preset imagenet256-xl, from which the others differ. Sources are files of the official GMem;
-# "yaml" is its configs/gmem_sde_xl.yaml. Official, too, are the defaults of mask_ratio, align_depth
-# (models/lightningdit.py), beta2, clip (yaml) and ema (engine/train.py: update_ema).
+# "yaml" is its configs/gmem_sde_xl.yaml. Some defaults of the flags are official too: mask_ratio,
+# align_depth (models/lightningdit.py), beta2, clip (yaml) and ema (engine/train.py: update_ema).
 IMAGENET = {
     "data": "data/imagenet256",
     "image_size": 256,  # yaml
@@ -105,7 +105,7 @@ def make_parser():
     add = parser.add_argument_group("network").add_argument
     add("--model", choices=CONFIGS, metavar="NAME", default="SiT-T/16", help="%(choices)s")
     add("--condition", choices=("memory", "class", "none"), default="memory", help="what it sees")
-    add("--memory-scale", default="standard", help="factor on snippets; or standardised")
+    add("--memory-scale", default="standard", help="factor; standard: mean 0, variance 1")
     add("--memory-tokens", action=flag, help="add the snippet to each token (by default in SiT-T)")
     add("--mask-ratio", type=float, default=0.4, help="fraction of a snippet masked in training")
     add("--zero-init", action=flag, default=True, help="adaLN and the last layer start at zero")
@@ -146,23 +146,24 @@ def make_parser():
 
 
 def read_settings():
-    """-> args, the checkpoint to go on from or None. Each of these overrides the ones before it:
-    defaults, preset, checkpoint, prepared folder, flags."""
+    """-> args, the checkpoint to go on from or None. Defaults, preset, checkpoint, prepared folder:
+    each in turn sets defaults of the parser, so that flags win when they are parsed once more. A
+    flag that contradicts the prepared folder is refused."""
     parser = make_parser()
     args = parser.parse_args()
     parser.set_defaults(**PRESETS[args.preset])
     path = f"{args.out}/ckpt.pt"
     checkpoint = None
-    was = {}
+    resumed = {}  # settings of the checkpoint
     if os.path.exists(path):
         if not args.resume:
             raise InputError(f"{path} exists: --resume goes on with it, --out DIR begins elsewhere")
         checkpoint = load_file(path)
         saved = checkpoint["settings"]
-        of_this_command = ("data", "out", "device", "resume")
-        was = {name: saved[name] for name in saved if name in args and name not in of_this_command}
+        own = ("data", "out", "device", "resume")  # each command has its own
+        resumed = {name: saved[name] for name in saved if name in args and name not in own}
         own_data = os.path.exists(f"{args.out}/data/meta.json")  # OUT may have moved
-        parser.set_defaults(**was, data=f"{args.out}/data" if own_data else saved["data"])
+        parser.set_defaults(**resumed, data=f"{args.out}/data" if own_data else saved["data"])
     elif args.resume:
         say(f"--resume: {path} does not exist, the run begins at step 0")
 
@@ -172,12 +173,12 @@ def read_settings():
     default_decay = parser.get_default("decay")
     parser.set_defaults(decay=[step * args.steps // default_steps for step in default_decay])
     if os.path.exists(f"{args.data}/meta.json"):
-        made = json.loads(Path(args.data, "meta.json").read_text())["settings"]
-        made = {name: made[name] for name in PREPARED}
-        parser.set_defaults(**made)
-        memory.refuse_differences(made, vars(parser.parse_args()), f"{args.data} was prepared")
+        prepared = json.loads(Path(args.data, "meta.json").read_text())["settings"]
+        prepared = {name: prepared[name] for name in PREPARED}
+        parser.set_defaults(**prepared)
+        memory.refuse_differences(prepared, vars(parser.parse_args()), f"{args.data} was prepared")
     args = parser.parse_args()
-    for name, value in was.items():
+    for name, value in resumed.items():
         now = getattr(args, name)
         if str(now) != str(value):
             if name in NETWORK:
@@ -382,9 +383,9 @@ def preview(trainer, bank):
     """Writes samples.png by the EMA weights, each time from the same noise: above 32 images of
     snippets of the bank, below 32 of new snippets around these."""
     try:
-        rows = sample.draw_rows(range(32), 0, len(bank))
+        rows = sample.draw_indices(range(32), 0, len(bank))
         s = torch.cat([bank[rows], sample.new_snippets(bank, rows, range(32))])
-        y = sample.draw_rows(range(64), 0, max(1, trainer.model.config.num_classes))
+        y = sample.draw_indices(range(64), 0, max(1, trainer.model.config.num_classes))
         x = sample.generate(trainer.ema, range(64), s, y, dtype=trainer.dtype)
         images = sample.decode(x, trainer.meta, load_tokenizer(trainer.args.tokenizer, x.device))
         for name in (f"samples-{trainer.step:07d}.png", "samples.png"):
@@ -400,8 +401,7 @@ def new_model(args, loader):
     in_channels, input_size, _ = loader.meta["latent"]
     fields.update(input_size=input_size, in_channels=in_channels, mask_ratio=args.mask_ratio)
     fields.update(zero_init=args.zero_init, memory_dim=0, num_classes=0, align_dim=0)
-    # a network that knows snippets goes on with their centring and scale
-    known = initial is not None and initial.config.memory_dim > 0
+    known = initial is not None and initial.config.memory_dim > 0  # with its centring and scale
     if args.condition != "memory":
         fields["memory_center"] = False
     else:
@@ -472,7 +472,7 @@ def main():
     trainer.model.checkpointing = args.checkpointing
     micro_batch = micro_batch_size(args, trainer.model.config)
     if args.micro_batch not in (None, micro_batch):
-        say(f"micro-batch {micro_batch}, not {args.micro_batch}: it draws other noise")
+        say(f"micro-batch {micro_batch}, not {args.micro_batch}: random numbers differ with it")
     args.micro_batch = micro_batch
     if process_rank() == 0:
         loader.bank.save(f"{args.out}/bank.pt")
