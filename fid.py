@@ -57,7 +57,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     mean_term = (float64_tensor(mu1) - float64_tensor(mu2)).square().sum().item()
     sigma1 = float64_tensor(sigma1).cpu().numpy()
     sigma2 = float64_tensor(sigma2).cpu().numpy()
-    # With sigma = U' U, tr (sigma1 sigma2)^1/2 is the sum of the singular values of U1 U2'.
+    # The squared singular values of U1 U2' are the eigenvalues of sigma1 sigma2.
     roots = linalg.svdvals(pivoted_cholesky(sigma1) @ pivoted_cholesky(sigma2).T)
     return float(mean_term + np.trace(sigma1) + np.trace(sigma2) - 2 * roots.sum())
 
@@ -196,7 +196,7 @@ class InputSet:
 
     def __init__(self, path, batch_size, network_name):
         self.path = path
-        self.network_name = network_name  # of outputs and statistics
+        self.network_name = network_name  # of the network of these outputs and statistics
         self.count = 0  # the number of images or features; 0: unknown
         self.batches = None  # of images
         self.outputs = []  # of the network, (N, D) each, features first

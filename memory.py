@@ -75,7 +75,7 @@ def mix(a, b, alpha, method="slerp"):
 
 @contextmanager
 def full_float32():
-    """Within it are no gradients, no autocast and no TF32, whatever the caller has switched on."""
+    """Within it: no gradients, autocast, TF32 or inference mode, whatever the caller has set."""
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
     before = [backend.fp32_precision for backend in backends]
     cpu = torch.autocast("cpu", enabled=False)
@@ -83,7 +83,7 @@ def full_float32():
     try:
         for backend in backends:
             backend.fp32_precision = "ieee"
-        with torch.inference_mode(False), torch.no_grad(), cpu, cuda:  # results may enter autograd
+        with torch.inference_mode(False), torch.no_grad(), cpu, cuda:
             yield
     finally:
         for backend, precision in zip(backends, before):
@@ -291,9 +291,9 @@ class MemoryBank:
 
     @full_float32()
     def neighbours(self, rows, k, s=None):
-        """rows (B,) -> cosine (B, k), index (B, k) of the k rows most similar to each, without
-        those equal to it; or, given s (B, D), most similar to s. Candidates are the rows of the
-        same class (all, where it has fewer than 3 or the row no label) and the same half of the
+        """rows (B,) -> cosine (B, k), index (B, k) of the k rows most similar to each, equal ones
+        left out; given s (B, D), most similar to s instead, equal ones included. Both are sought in
+        the row's class (all, if it has fewer than 3 rows or there is no label) and its half of the
         bank, original or mirror images. Where there are fewer than k: cosine -1, index -1."""
         rows = torch.as_tensor(rows, device=self.coef.device).reshape(-1)
         queries = self[rows] if s is None else s.to(self.coef.device)
@@ -324,7 +324,7 @@ class MemoryBank:
         rows = torch.as_tensor(rows, device=self.coef.device)
         _, index = self.neighbours(rows, noise.shape[-1])
         c_j = self.coefficients(index)  # (B, k, r)
-        c_j[index < 0] = torch.nan
+        c_j[index < 0] = torch.nan  # no neighbour: left out below
         deviation = c_j - c_j.nanmean(1, keepdim=True)
         k = (index >= 0).float().sum(1, keepdim=True).clamp_min(1)
         step = (noise[..., None] * deviation).nansum(1) / k.sqrt()
@@ -439,7 +439,7 @@ def read_folder(src, skip_bad=False):
     if broken:
         message = f"{len(broken):,} of {len(files):,} images do not decode: {'; '.join(broken)}"
         if not skip_bad:
-            raise InputError(f"{message}; --skip-bad leaves them out")
+            raise InputError(f"{message}; a preparation with --skip-bad leaves them out")
         print(message)
     files = [file for file, fault in zip(files, faults) if not fault]
     folders = [os.path.dirname(os.path.relpath(file, src)).split(os.sep)[0] for file in files]
@@ -475,7 +475,7 @@ class Images:
             self.classes = list(LETTERS)
             self.array, labels = glyphs(size=size)
         elif os.path.isdir(src):
-            self.files, labels, self.classes = only_on_process_zero(read_folder, src, skip_bad)
+            self.files, labels, self.classes = from_process_zero(read_folder, src, skip_bad)
         elif src.endswith((".npy", ".npz")):
             self.array, labels, self.classes = read_array(src)
         else:
@@ -561,8 +561,8 @@ def denormalize_latents(x, stats):
 
 
 def in_batches(f, images, device):
-    """Calls f, of images (b, 3, H, W) in [-1, 1], on uint8 images (N, H, W, 3) batch by batch: 64
-    images, or fewer where they are larger than 256 pixels -> its results (N, ..), on the CPU"""
+    """uint8 images (N, H, W, 3) -> each of the results of f (N, ..), on the CPU. f is given images
+    (b, 3, H, W) in [-1, 1]: 64 at a time, or fewer where they are larger than 256 pixels."""
     batch_size = max(1, 64 * 256**2 // max(256**2, images.shape[1] ** 2))
     results = []
     for batch in torch.as_tensor(images).split(batch_size):
@@ -575,7 +575,7 @@ def encode_features(images, encoder, device="cpu"):
     """uint8 (N, H, W, 3), the encoder's name or file (see model.load_encoder) -> features (N, D)"""
     from model import load_encoder
 
-    encode = first_on_process_zero(load_encoder, encoder, device)
+    encode = process_zero_first(load_encoder, encoder, device)
     return in_batches(lambda x: encode(x)[:1], images, device)[0]
 
 
@@ -640,7 +640,7 @@ def load_features(path):
 
 
 def patch_basis(path, images, encode, device):
-    """Writes a bank of the patch tokens of 256 images, whose basis is used for those of all."""
+    """Writes a bank of the patch tokens of 256 images; those of all are stored in its basis."""
     if not os.path.exists(path):
         rows = np.linspace(0, len(images) - 1, min(len(images), 256)).astype(int)
         tokens = in_batches(lambda x: encode(x)[1:], images.batch(rows), device)[0]
@@ -665,7 +665,7 @@ def encode_images(images, tokenizer, encode, out, settings, device):
         arrays["patch_scales"] = ((N, tokens.shape[1]), "float32")
     blocks = ResumableArrays(out, {**settings, "images": n}, arrays, n, 256)
     if settings["patches"]:
-        only_on_process_zero(patch_basis, f"{out}/patches.pt", images, encode, device)
+        from_process_zero(patch_basis, f"{out}/patches.pt", images, encode, device)
         patch_bank = MemoryBank.load(f"{out}/patches.pt").to(device)
 
     def encode_batch(x):
@@ -679,7 +679,7 @@ def encode_images(images, tokenizer, encode, out, settings, device):
 
     batches = ahead(images.batch, blocks.todo)
     for rows in blocks.fill("encoding"):
-        x = next(batches)
+        x = next(batches)  # of these rows
         for first_row in first_rows:
             values = in_batches(encode_batch, x.flip(2) if first_row else x, device)
             finite = values[0].isfinite().flatten(1).all(1)
@@ -710,12 +710,12 @@ def prepare(data, out, device="cpu", **options):
     for name in ("tokenizer", "latent_stats", "encoder", "features"):
         if os.path.isfile(settings[name] or ""):
             settings[name] = os.path.abspath(settings[name])
-    if only_on_process_zero(is_prepared, out, data, settings):
+    if from_process_zero(is_prepared, out, data, settings):
         return
     if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) < num_processes():
         raise InputError("several nodes cannot fill one file: prepare on one node")
-    tokenizer = first_on_process_zero(load_tokenizer, settings["tokenizer"], device)
-    encode = first_on_process_zero(load_encoder, settings["encoder"], device)
+    tokenizer = process_zero_first(load_tokenizer, settings["tokenizer"], device)
+    encode = process_zero_first(load_encoder, settings["encoder"], device)
     images = Images(data, settings["image_size"], settings["skip_bad"])
     labels = np.tile(images.labels, 1 + settings["flip"])
     stats = known_stats(settings["tokenizer"], settings["latent_stats"])
@@ -772,7 +772,7 @@ def last_part(path):
 
 
 def refuse_differences(was, now, what):
-    """InputError where settings differ; of paths the last part alone is compared."""
+    """InputError where settings that both have differ; of paths the last part is compared."""
     differ = []
     for name in now:
         if name in was and last_part(was[name]) != last_part(now[name]):
@@ -863,7 +863,7 @@ def barrier():
     all_reduce(torch.zeros(1))
 
 
-def first_on_process_zero(f, *args):
+def process_zero_first(f, *args):
     """f(*args) on process 0, then on the others, which find what it has downloaded."""
     if process_rank() > 0:
         barrier()
@@ -873,7 +873,7 @@ def first_on_process_zero(f, *args):
     return result
 
 
-def only_on_process_zero(f, *args):
+def from_process_zero(f, *args):
     """-> on all processes, what f(*args) returns on process 0"""
     results = [f(*args) if process_rank() == 0 else None]
     if num_processes() > 1:

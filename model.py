@@ -334,7 +334,7 @@ class SiT(nn.Module):
                 projected = self.projector[0](tokens)
 
         out = self.unpatchify(self.final_layer(tokens, c))
-        if config.predict_x:  # out is x; v stays finite (beyond t = 0.95 out learns x_t + 0.05 v)
+        if config.predict_x:  # the data, from which v = (data - x_t) / (1 - t)
             out = (out - x) / (1 - t[:, None, None, None]).clamp_min(0.05).to(dtype)
         return out if projected is None else (out, projected)
 
@@ -343,15 +343,15 @@ class SiT(nn.Module):
 
 
 def cosine(v, u):
-    """Cosine over channels, (B, C, H, W) -> (B, H, W). |v| counts as at least 0.1, because the
-    gradient is 1 / |v|. F.cosine_similarity would take 25 % of a training step's time on a CPU."""
+    """Cosine over channels, (B, C, H, W) -> (B, H, W). |v| counts as 0.1 at least: the gradient
+    grows as 1 / |v|. F.cosine_similarity would take 25 % of a training step's time on a CPU."""
     v_square = v.square().sum(1).clamp_min(1e-2)
     u_square = u.square().sum(1).clamp_min(1e-8)
     return (v * u).sum(1) * (v_square * u_square).rsqrt()
 
 
 def training_modes(model):
-    """.training of the SiT in a model (a wrapper's may differ): {True}, {False} or, without, {}"""
+    """The set of .training of the SiT in a model or wrapper; empty if there is none"""
     modules = model.modules() if isinstance(model, nn.Module) else []
     return {module.training for module in modules if isinstance(module, SiT)}
 
@@ -385,7 +385,7 @@ def flow_loss(
     v, projected = v if isinstance(v, tuple) else (v, None)
     v = v.float()
     loss = F.mse_loss(v, u) + 1 - cosine(v, u).mean()
-    if targets is not None:
+    if targets is not None and projected is not None:  # in eval mode it is None
         cosines = F.cosine_similarity(projected.float(), targets.float(), dim=-1)
         loss = loss - align * cosines.mean()
     elif projected is not None:
@@ -421,7 +421,7 @@ def sde(v, z, steps, method="heun", noise=torch.randn_like, diffusion=1.0, last_
     """As ode, with noise of strength w(t) = diffusion (1 - t); "euler" is Euler-Maruyama.
 
     noise      noise(x) -> standard normal numbers of x's shape
-    last_step  the size of the last step, which has no noise ("mean")
+    last_step  the size of the last step, which has no noise
     The defaults are the official GMem's; its num_steps counts points, one more than these steps.
     """
     assert steps >= 1 and method in ("euler", "heun"), (steps, method)
@@ -429,7 +429,7 @@ def sde(v, z, steps, method="heun", noise=torch.randn_like, diffusion=1.0, last_
 
     def drift(x, t):
         velocity = v(x, t)
-        return velocity + diffusion * (t * velocity - x)
+        return velocity + diffusion * (t * velocity - x)  # the last is w score
 
     dt = (1 - last_step) / steps
     for i in range(steps):
@@ -547,7 +547,7 @@ def load_sit(source, config=None):
     content = load_file(source)
     weights = weights_of(content)
     config = config or content.get("config")
-    if isinstance(config, dict) and "model" not in config:  # else it is an official yaml
+    if isinstance(config, dict) and "model" not in config:  # official: a yaml that has one
         config = SiTConfig(**config)
     if not isinstance(config, SiTConfig):
         if "token_projection.weight" in weights or "memory_mean" in weights:
@@ -781,7 +781,7 @@ def load_dinov2(source, hub_positions=False):
 
 def dinov2_features(model, images):
     """images: 0 .. 255 (B, 3, H, H) -> class token (B, D), patch tokens (B, T, D), as the official
-    GMem's: ImageNet's mean and std, then bicubic (not antialiased) to 224 pixels for every 256"""
+    GMem's: ImageNet's mean and std, then bicubic (not antialiased) to 224 pixels (512: 448)"""
     mean = torch.tensor([0.485, 0.456, 0.406], device=images.device)[:, None, None]
     std = torch.tensor([0.229, 0.224, 0.225], device=images.device)[:, None, None]
     size = 224 * max(1, images.shape[-1] // 256)

@@ -33,7 +33,7 @@ from memory import InputError, MemoryBank, num_processes, process_rank
 from model import guided, load_file, load_sit, load_tokenizer, ode, sde
 
 NEIGHBOURS = 10  # nearest rows, whose covariance gives the step of --new
-TRAINING, NOISE, NEW = 0, 1, 3  # streams of random numbers, one a purpose; 2 is unused
+TRAINING, NOISE, NEW = 0, 1, 3  # streams of random numbers: any three different ones
 SAMPLER = ("seed", "method", "steps", "shift", "cfg", "interval", "dtype")  # of generate
 METHODS = ("euler", "heun", "sde-euler", "sde-heun")
 
@@ -65,7 +65,7 @@ def generate(
     device = next(model.parameters()).device
     generators = generators_of(NOISE, seed, ids)
 
-    def noise(x=None):  # sde passes x, whose shape is known
+    def noise(x=None):  # sde gives x, which is not needed
         shape = (config.in_channels, config.input_size, config.input_size)
         return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
@@ -100,7 +100,7 @@ def novelty(bank, rows, s):
     divided by that of the rows that they are around. 0: copies, 1: as far as other images"""
     of_new, _ = bank.neighbours(rows, 1, s)
     of_rows, _ = bank.neighbours(rows, 1)
-    ratio = (1 - of_new).median() / (1 - of_rows).median()  # of |a - b|^2 = 2 (1 - cos)
+    ratio = (1 - of_new).median() / (1 - of_rows).median()  # of squares: |a - b|^2 = 2 (1 - cos)
     return ratio.clamp_min(0).sqrt().item()
 
 
@@ -145,10 +145,10 @@ def audit(made, data, stats, held_out=None, mirrored=0):
     """Does the model copy? Prints distances between latents as the model sees them, root mean
     squares. made, held_out: (B, C, h, w), held_out may be None; data (N, C, h, w): of the training,
     as it is stored; mirrored: as in MemoryBank.
-    -> (B,) distance to the nearest training image; its row; its distance to the nearest other"""
+    -> (B,) each: distance to the nearest training image, its row, its distance to another"""
     distance, row = (part[:, 0] for part in nearest_latents(made, data, stats, 1))
     known = memory.normalize_latents(torch.tensor(data[row.numpy()]), stats)
-    near, near_rows = nearest_latents(known, data, stats, 3)
+    near, near_rows = nearest_latents(known, data, stats, 3)  # itself, its mirror image, another
     period = mirrored or len(data)  # modulo it, an image and its mirror image are one
     itself = near_rows % period == row[:, None] % period
     to_other = near.masked_fill(itself, torch.inf).amin(1)
@@ -184,8 +184,8 @@ def write_audit(out, images, unseen, meta, folder, tokenizer, device):
 
     names = row.tolist()
     if os.path.exists(f"{folder}/files.txt"):
-        files = os.fsdecode(Path(folder, "files.txt").read_bytes()).splitlines()
-        names = [files[number % len(files)] for number in names]
+        files = Path(folder, "files.txt").read_bytes().splitlines()
+        names = [os.fsdecode(files[number % len(files)]) for number in names]
     stem = out.removesuffix(".png").removesuffix(".npz") + "-audit"
     with memory.atomic_write(f"{stem}.json") as file:
         for i, name in enumerate(names):
@@ -309,7 +309,7 @@ def load_bank(path, meta):
     bank = MemoryBank.load(path)
     settings = meta["settings"]
     same_bank = meta.get("bank") == bank.id
-    if same_bank and not bank.classes:  # a file of the version before lacks both
+    if same_bank and not bank.classes:  # of the version before
         mirrored = meta["images"] if settings["flip"] else 0
         bank = replace(bank, classes=meta["classes"], mirrored=mirrored)
     if process_rank() == 0:
@@ -343,7 +343,7 @@ def make_plan(args, meta, bank, config, size, device):
             raise InputError(f"the bank was made by {bank.encoder}: give its weights, --encoder")
         return memory.encode_features(images, encoder, device)
 
-    rows = None
+    rows = None  # of the bank, in the modes that do not set plan.s themselves
     if args.add:  # a line for each image: its snippet, n noises
         plan.given = read_images(args.add, size)
         rows = torch.arange(len(bank), len(bank) + len(plan.given)).repeat_interleave(n)
@@ -390,7 +390,7 @@ def make_images(args, model, meta, tokenizer, plan):
     sampler = {name: getattr(args, name) for name in SAMPLER}
     settings = {**sampler, "step": meta["step"], "block": args.batch_size}
     settings.update(tokenizer=args.tokenizer, mean=meta["mean"], std=meta["std"])
-    settings["weights"] = zlib.crc32(model.x_embedder.proj.weight.detach().cpu().numpy())
+    settings["weights"] = zlib.crc32(model.x_embedder.proj.weight.numpy(force=True))  # for all
     for name in ("ids", "s", "y"):
         values = getattr(plan, name)
         settings[name] = None if values is None else zlib.crc32(np.ascontiguousarray(values))
@@ -415,7 +415,7 @@ def main():
     model, meta, bank, data = load_checkpoint(args, device)
     config = model.config
     name = args.tokenizer or meta["settings"]["tokenizer"]
-    tokenizer = memory.first_on_process_zero(load_tokenizer, name, device)
+    tokenizer = memory.process_zero_first(load_tokenizer, name, device)
     if not tokenizer.channels == len(meta["mean"]) == config.in_channels:
         raise InputError(f"{name} and its statistics: expected {config.in_channels} channels")
     needs_memory = args.new or args.add or args.mix or args.snippets

@@ -5,7 +5,7 @@ r"""Trains GMem (arXiv 2412.08781): a flow-matching transformer, shown each imag
     python train.py --data FOLDER --init o/ckpt.pt --out p # fine-tuning: a new bank, step 0
     torchrun --nproc_per_node=8 train.py --preset imagenet256-xl --data data/imagenet256 --out xl
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT train.py \
-        --data PREPARED                                    # prepared first, on one node
+        --data PREPARED        # prepared first, on one node; PREPARED and OUT on a shared disk
 
 One run per OUT. It holds ckpt.pt and bank.pt, which sample.py reads, log.jsonl and samples.png. On
 SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1 the run is saved, and ends with exit code 128 + number.
@@ -146,9 +146,8 @@ def make_parser():
 
 
 def read_settings():
-    """-> args, the checkpoint to go on from or None. Defaults, preset, checkpoint, prepared folder:
-    each in turn sets defaults of the parser, so that flags win when they are parsed once more. A
-    flag that contradicts the prepared folder is refused."""
+    """-> args, the checkpoint to go on from or None. Preset, checkpoint and prepared folder, in
+    turn, set the parser's defaults, so that flags win; one against the folder is refused."""
     parser = make_parser()
     args = parser.parse_args()
     parser.set_defaults(**PRESETS[args.preset])
@@ -167,17 +166,18 @@ def read_settings():
     elif args.resume:
         say(f"--resume: {path} does not exist, the run begins at step 0")
 
-    args = parser.parse_args()
-    # without --decay, that of the preset or the resumed run is scaled to --steps
+    args = parser.parse_args()  # with the steps and the data that count
+    # without --decay, that of the preset or the resumed run is scaled to the steps
     default_steps = parser.get_default("steps")
     default_decay = parser.get_default("decay")
     parser.set_defaults(decay=[step * args.steps // default_steps for step in default_decay])
+    prepared = {}
     if os.path.exists(f"{args.data}/meta.json"):
         prepared = json.loads(Path(args.data, "meta.json").read_text())["settings"]
         prepared = {name: prepared[name] for name in PREPARED}
-        parser.set_defaults(**prepared)
-        memory.refuse_differences(prepared, vars(parser.parse_args()), f"{args.data} was prepared")
+    parser.set_defaults(**prepared)
     args = parser.parse_args()
+    memory.refuse_differences(prepared, vars(args), f"{args.data} was prepared")
     for name, value in resumed.items():
         now = getattr(args, name)
         if str(now) != str(value):
@@ -222,7 +222,7 @@ class Loader:
         return np.sort([epoch_order(self.seed, p // N, N)[p % N] for p in positions])
 
     def read(self, rows):
-        # numpy only: torch in a second thread would take the cores from the first
+        # numpy gathers: torch in a second thread would take the cores from the first
         batch = {name: torch.from_numpy(array[rows]) for name, array in self.arrays.items()}
         if self.device.type == "cuda":
             batch = {name: part.pin_memory() for name, part in batch.items()}
@@ -401,15 +401,15 @@ def new_model(args, loader):
     in_channels, input_size, _ = loader.meta["latent"]
     fields.update(input_size=input_size, in_channels=in_channels, mask_ratio=args.mask_ratio)
     fields.update(zero_init=args.zero_init, memory_dim=0, num_classes=0, align_dim=0)
-    known = initial is not None and initial.config.memory_dim > 0  # with its centring and scale
+    keeps_scale = initial is not None and initial.config.memory_dim > 0  # and centring, of --init
     if args.condition != "memory":
         fields["memory_center"] = False
     else:
         fields["memory_dim"] = loader.bank.dim
-        if not known and args.memory_scale == "standard":
-            fields["memory_center"] = True
-        elif not known:
-            fields["memory_scale"] = float(args.memory_scale)
+        if not keeps_scale:
+            fields["memory_center"] = args.memory_scale == "standard"
+            if args.memory_scale != "standard":
+                fields["memory_scale"] = float(args.memory_scale)
     if args.memory_tokens is not None:
         fields["memory_tokens"] = args.memory_tokens
     if args.condition == "class":
@@ -421,7 +421,7 @@ def new_model(args, loader):
 
     torch.manual_seed(args.seed)
     model = SiT(SiTConfig(**fields))
-    if fields.get("memory_center") and not known:
+    if fields.get("memory_center") and not keeps_scale:
         model.standardize_snippets(loader.bank)
     if initial:
         weights = initial.state_dict()
@@ -486,7 +486,7 @@ def main():
         device_ids = [device.index] if device.type == "cuda" else None
         # large buckets, as torch.compile cuts the network at each one
         net = DDP(net, device_ids, gradient_as_bucket_view=True, bucket_cap_mb=200)
-        net.broadcast_buffers = False  # ours are constants
+        net.broadcast_buffers = False  # ours are constants; as an argument it warns
     try:
         stopped_by = train(trainer, net, loader)
     except torch.OutOfMemoryError as e:
