@@ -100,7 +100,7 @@ def distance_blocks(a, b, rows=500):
     b = b - center
     for part in (a - center).split(rows):
         distance = torch.cdist(part, b)
-        distance[distance < 1e-5 * part.norm(dim=1, keepdim=True)] = 0  # equal, up to float32
+        distance[distance < 1e-5 * part.norm(dim=1, keepdim=True)] = 0  # duplicates, up to float32
         yield distance
 
 
@@ -124,7 +124,7 @@ def kernel_sum(a, b, rows=500):
     return torch.stack(blocks).sum().item()
 
 
-# ------------------------------------------------------------------------- reading REF and SAMPLES
+# --------------------- reading REF and SAMPLES (to_rgb and image_files are those of memory.py, too)
 
 
 def to_rgb(image):
@@ -196,9 +196,10 @@ class InputSet:
 
     def __init__(self, path, batch_size, network_name):
         self.path = path
-        self.network_name = network_name  # of the network of these outputs and statistics
+        self.network_name = network_name  # what made the outputs and statistics
         self.count = 0  # the number of images or features; 0: unknown
         self.batches = None  # of images
+        self.sizes = set()  # of images
         self.outputs = []  # of the network, (N, D) each, features first
         self.statistics = []  # in the order of STATISTICS
         if os.path.isdir(path):
@@ -215,9 +216,9 @@ class InputSet:
             else:
                 self.count = int(archive.get("n", 0))
                 self.network_name = made_by
-            if self.network_name == made_by:  # those of another network are not used
+            if self.network_name == made_by:  # an .npz of images may hold another's
                 self.statistics = [archive[name] for name in STATISTICS if name in archive]
-        if self.batches is not None and self.count < 4:
+        if self.count < 4 and (self.batches is not None or self.outputs):
             raise InputError(f"{path} holds {self.count} images, expected 4 or more")
 
 
@@ -303,7 +304,8 @@ class Inception:
 
 
 def resize_tf1(x, size=299):
-    """Float (B, C, H, W) -> (B, C, size, size), bilinear as TensorFlow 1: pixel i at i H / size"""
+    """Float (B, C, H, W) -> (B, C, size, size), bilinear as TensorFlow 1: pixel i at i H / size,
+    which is the scale of align_corners with a pixel more on both sides"""
     x = F.pad(x, (0, 1, 0, 1), mode="replicate")  # beyond the last pixel is the last pixel
     x = F.interpolate(x, (size + 1, size + 1), mode="bilinear", align_corners=True)
     return x[:, :, :size, :size]
@@ -337,7 +339,7 @@ def load_dinov2_features(source, device):
 
 
 def network_name(args):
-    """-> the name of the network, which --save-stats writes: only equal names are compared"""
+    """-> the name of the network; main refuses to compare two different ones"""
     source = args.network or args.inception or STANDARD
     if not os.path.isfile(source):
         return source
@@ -357,6 +359,7 @@ def compute_outputs(images, network, device):
     with bar:
         for batch in images.batches:
             sizes = {image.shape for image in batch}
+            images.sizes |= sizes
             groups = [batch] if len(sizes) == 1 else [[image] for image in batch]
             for group in groups:
                 x = torch.from_numpy(np.stack(group)).permute(0, 3, 1, 2).to(device)
@@ -423,6 +426,8 @@ def main():
         print(f"{name}: {value}")
     if 0 < min(ref.count, gen.count) < 2048:
         print("fid.py: warning: N < 2,048: the distances are biased", file=sys.stderr)
+    if ref.sizes and gen.sizes and ref.sizes != gen.sizes:
+        print("fid.py: warning: image sizes differ: crop REF as in training", file=sys.stderr)
     if args.json:
         with open(args.json + ".tmp", "w") as file:
             json.dump(result, file, indent=1)

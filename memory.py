@@ -178,7 +178,7 @@ class MemoryBank:
         """A bank of features (N, D) of any float type and norm: a tensor, an array, a memmap larger
         than memory, or whatever has a shape and gives rows when sliced. They are read twice.
 
-        rank    directions kept, at most min(N, D); "full": all, and float16 in place of int8
+        rank    directions kept, at most min(N, D); "full": all, in float16 at least, to be exact
         dtype   of the coefficients, one of DTYPES
         labels  (N,) integers, -1: none
         device  of the computation; the bank that is returned is on the CPU
@@ -224,7 +224,7 @@ class MemoryBank:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         if not isinstance(content, dict) or "basis" not in content:
             raise InputError(f"{path} is no memory bank")
-        if len(content["labels"]) == 0:  # of the version before, without labels
+        if len(content["labels"]) == 0:  # of an older version
             content["labels"] = torch.full((len(content["coef"]),), -1)
         return MemoryBank(**content)
 
@@ -269,7 +269,7 @@ class MemoryBank:
 
     def search(self, s, rows, k, leave_out_equal=False):
         """s (B, D) unit-norm -> cosine (B, k), index (B, k) of the most similar of the rows (n,).
-        Where there are fewer than k: cosine -1, index -1. It takes r numbers of each row, not D:
+        Where there are fewer than k: cosine -1, index -1. Of a row r numbers are read, not D:
 
         cos(s, s_i) = (c_i.(basis s) + mean.s) / |c_i basis + mean|
         """
@@ -291,10 +291,10 @@ class MemoryBank:
 
     @full_float32()
     def neighbours(self, rows, k, s=None):
-        """rows (B,) -> cosine (B, k), index (B, k) of the k rows most similar to each, equal ones
-        left out; given s (B, D), most similar to s instead, equal ones included. Both are sought in
-        the row's class (all, if it has fewer than 3 rows or there is no label) and its half of the
-        bank, original or mirror images. Where there are fewer than k: cosine -1, index -1."""
+        """rows (B,) -> cosine (B, k), index (B, k) of the k most similar candidates of each row,
+        equal ones left out. Candidates of a row are those of its class (all, if it has no label or
+        the class fewer than 3 rows) in its half of the bank, original or mirror images. Missing
+        ones: cosine -1, index -1. With s (B, D): the candidates most similar to s, equal or not."""
         rows = torch.as_tensor(rows, device=self.coef.device).reshape(-1)
         queries = self[rows] if s is None else s.to(self.coef.device)
         cosine = queries.new_empty(len(rows), k)
@@ -329,8 +329,6 @@ class MemoryBank:
         k = (index >= 0).float().sum(1, keepdim=True).clamp_min(1)
         step = (noise[..., None] * deviation).nansum(1) / k.sqrt()
         return self.decode(self.coefficients(rows) + spread * step.reshape(*rows.shape, -1))
-
-    # ---- rows are added
 
     @full_float32()
     def extend(self, features, labels=None):
@@ -597,7 +595,8 @@ class ResumableArrays:
                 for name, (shape, dtype) in arrays.items():
                     np.lib.format.open_memmap(f"{folder}/{name}.npy", "w+", dtype, shape)
                 write_json(path, settings)
-            refuse_differences(json.loads(Path(path).read_text()), settings, f"{folder} was begun")
+            was = json.loads(Path(path).read_text())
+            refuse_differences(was, settings, f"{folder} was begun", "delete it")
         barrier()
         self.arrays = {name: np.load(f"{folder}/{name}.npy", mmap_mode="r+") for name in arrays}
         left = np.flatnonzero(~self.arrays["done"])[process_rank() :: num_processes()]
@@ -640,7 +639,7 @@ def load_features(path):
 
 
 def patch_basis(path, images, encode, device):
-    """Writes a bank of the patch tokens of 256 images; those of all are stored in its basis."""
+    """Writes a bank of the patch tokens of 256 images; its basis is that of all patch tokens."""
     if not os.path.exists(path):
         rows = np.linspace(0, len(images) - 1, min(len(images), 256)).astype(int)
         tokens = in_batches(lambda x: encode(x)[1:], images.batch(rows), device)[0]
@@ -679,10 +678,10 @@ def encode_images(images, tokenizer, encode, out, settings, device):
 
     batches = ahead(images.batch, blocks.todo)
     for rows in blocks.fill("encoding"):
-        x = next(batches)  # of these rows
+        x = next(batches)
         for first_row in first_rows:
             values = in_batches(encode_batch, x.flip(2) if first_row else x, device)
-            finite = values[0].isfinite().flatten(1).all(1)
+            finite = values[0].isfinite().flatten(1).all(1)  # the latents
             if not finite.all():
                 i = rows[int(finite.long().argmin())]
                 name = i if images.files is None else images.files[i]
@@ -771,14 +770,14 @@ def last_part(path):
     return os.path.basename(os.path.normpath(str(path)))
 
 
-def refuse_differences(was, now, what):
-    """InputError where settings that both have differ; of paths the last part is compared."""
+def refuse_differences(was, now, what, otherwise="name another folder"):
+    """InputError where settings that both have differ, as text; of paths the last part counts."""
     differ = []
     for name in now:
         if name in was and last_part(was[name]) != last_part(now[name]):
             differ.append(f"{name} {was[name]}, not {now[name]}")
     if differ:
-        raise InputError(f"{what} with {', '.join(differ)}: give the same, or another folder")
+        raise InputError(f"{what} with {', '.join(differ)}: give the same, or {otherwise}")
 
 
 def ahead(f, items):

@@ -422,7 +422,7 @@ def sde(v, z, steps, method="heun", noise=torch.randn_like, diffusion=1.0, last_
 
     noise      noise(x) -> standard normal numbers of x's shape
     last_step  the size of the last step, which has no noise
-    The defaults are the official GMem's; its num_steps counts points, one more than these steps.
+    The defaults are the official GMem's, whose num_steps is steps + 1.
     """
     assert steps >= 1 and method in ("euler", "heun"), (steps, method)
     x = z.float()
@@ -541,13 +541,13 @@ def load_sit(source, config=None):
 
     source  a file, what torch.load gives for it, or a state dict: official, or of this code, then
             with its config: {"config": vars(model.config), "model": model.state_dict()}
-    config  SiTConfig or its fields: needed for a state dict of this code without its config, which
-            does not tell predict_x, memory_scale and the like
+    config  SiTConfig or its fields: needed for a bare state dict of this code, because predict_x,
+            memory_scale and others cannot be read off it
     """
     content = load_file(source)
     weights = weights_of(content)
     config = config or content.get("config")
-    if isinstance(config, dict) and "model" not in config:  # official: a yaml that has one
+    if isinstance(config, dict) and "model" not in config:  # official: a yaml with "model"
         config = SiTConfig(**config)
     if not isinstance(config, SiTConfig):
         if "token_projection.weight" in weights or "memory_mean" in weights:

@@ -33,7 +33,7 @@ from memory import InputError, MemoryBank, num_processes, process_rank
 from model import guided, load_file, load_sit, load_tokenizer, ode, sde
 
 NEIGHBOURS = 10  # nearest rows, whose covariance gives the step of --new
-TRAINING, NOISE, NEW = 0, 1, 3  # streams of random numbers: any three different ones
+TRAINING, NOISE, NEW = 0, 1, 3  # streams of random numbers: any three different ones (2 is free)
 SAMPLER = ("seed", "method", "steps", "shift", "cfg", "interval", "dtype")  # of generate
 METHODS = ("euler", "heun", "sde-euler", "sde-heun")
 
@@ -96,8 +96,8 @@ def new_snippets(bank, rows, ids, seed=0, spread=1.0):
 
 
 def novelty(bank, rows, s):
-    """Median distance of new snippets s (B, D) to their nearest candidate (see bank.neighbours),
-    divided by that of the rows that they are around. 0: copies, 1: as far as other images"""
+    """Median distance of new snippets s (B, D) to the nearest row of the class that they are in,
+    divided by that of the rows they are around to another. 0: copies, 1: as far as other images"""
     of_new, _ = bank.neighbours(rows, 1, s)
     of_rows, _ = bank.neighbours(rows, 1)
     ratio = (1 - of_new).median() / (1 - of_rows).median()  # of squares: |a - b|^2 = 2 (1 - cos)
@@ -110,11 +110,11 @@ def read_images(paths, size):
     return np.concatenate([source.batch(range(len(source))) for source in sources])
 
 
-def end_of_mix(end, bank, encode, size):
+def end_of_mix(end, bank, features_of, size):
     """An image file, or the number of a row of the bank -> its snippet (1, D)"""
     if end.isdecimal() and not os.path.exists(end):
         return bank[[int(end)]].cpu()
-    return encode(read_images([end], size)[:1])
+    return features_of(read_images([end], size)[:1])
 
 
 def class_number(label, names, counts):
@@ -164,34 +164,35 @@ def audit(made, data, stats, held_out=None, mirrored=0):
 
 def write_audit(out, images, unseen, meta, folder, tokenizer, device):
     """Compares images with latents.npy of the folder; unseen: held-out memory.Images or None. It
-    writes a .json, a line for each image, and a .png: the first ones, below them their nearest."""
+    writes a .json of each image, and a .png: the first ones, below them their nearest."""
     data = np.load(f"{folder}/latents.npy", mmap_mode="r")
     stats = memory.stats_tensor(meta, "cpu")
 
-    def encode(images):
+    def latents_of(images):
         latents = memory.in_batches(lambda x: [tokenizer.encode(x)], images, device)[0]
         return memory.normalize_latents(latents, stats)
 
     held_out = None
     if unseen is not None:
         count = min(len(unseen), len(images))
-        held_out = encode(unseen.batch(np.linspace(0, len(unseen) - 1, count).astype(int)))
+        held_out = latents_of(unseen.batch(np.linspace(0, len(unseen) - 1, count).astype(int)))
     elif meta["settings"]["source"] == "glyphs":
         glyphs, _ = memory.glyphs(len(images), images.shape[1], seed=1)
-        held_out = encode(glyphs)
+        held_out = latents_of(glyphs)
     mirrored = meta["images"] if meta["settings"]["flip"] else 0
-    distance, row, to_other = audit(encode(images), data, stats, held_out, mirrored)
+    distance, row, to_other = audit(latents_of(images), data, stats, held_out, mirrored)
 
     names = row.tolist()
     if os.path.exists(f"{folder}/files.txt"):
         files = Path(folder, "files.txt").read_bytes().splitlines()
         names = [os.fsdecode(files[number % len(files)]) for number in names]
     stem = out.removesuffix(".png").removesuffix(".npz") + "-audit"
-    with memory.atomic_write(f"{stem}.json") as file:
-        for i, name in enumerate(names):
-            line = {"image": i, "nearest": name, "distance": round(distance[i].item(), 4)}
-            line["nearest_to_its_nearest"] = round(to_other[i].item(), 4)
-            file.write(json.dumps(line).encode() + b"\n")
+    results = []
+    for i, name in enumerate(names):
+        result = {"image": i, "nearest": name, "distance": round(distance[i].item(), 4)}
+        result["nearest_to_its_nearest"] = round(to_other[i].item(), 4)
+        results.append(result)
+    memory.write_json(f"{stem}.json", results)
     known = memory.normalize_latents(torch.tensor(data[row[:16].numpy()]), stats)
     known = decode(known.to(device), meta, tokenizer)
     save_images(np.concatenate([images[:16], known]), f"{stem}.png", len(known))
@@ -219,7 +220,7 @@ def save_images(images, out, columns=None):
             else:
                 np.savez(file, arr_0=images)
     else:
-        os.makedirs(f"{out}.parts/png", exist_ok=True)  # OUT appears when it is complete
+        os.makedirs(f"{out}.parts/png", exist_ok=True)  # as OUT when complete; main deletes .parts
         for i, image in enumerate(images):
             Image.fromarray(image).save(f"{out}.parts/png/{i:06d}.png")
         os.rename(f"{out}.parts/png", out)
@@ -309,7 +310,7 @@ def load_bank(path, meta):
     bank = MemoryBank.load(path)
     settings = meta["settings"]
     same_bank = meta.get("bank") == bank.id
-    if same_bank and not bank.classes:  # of the version before
+    if same_bank and not bank.classes:  # of an older version
         mirrored = meta["images"] if settings["flip"] else 0
         bank = replace(bank, classes=meta["classes"], mirrored=mirrored)
     if process_rank() == 0:
@@ -337,7 +338,7 @@ def make_plan(args, meta, bank, config, size, device):
     n = args.num_images or (8 if args.add or args.mix else 64)
     plan = Plan(list(range(n)))
 
-    def encode(images):
+    def features_of(images):
         encoder = args.encoder or meta["settings"]["encoder"]
         if args.encoder is None and memory.last_part(encoder) != bank.encoder:
             raise InputError(f"the bank was made by {bank.encoder}: give its weights, --encoder")
@@ -347,12 +348,12 @@ def make_plan(args, meta, bank, config, size, device):
     if args.add:  # a line for each image: its snippet, n noises
         plan.given = read_images(args.add, size)
         rows = torch.arange(len(bank), len(bank) + len(plan.given)).repeat_interleave(n)
-        bank = bank.extend(encode(plan.given))
+        bank = bank.extend(features_of(plan.given))
         plan.ids = plan.ids * len(plan.given)
         plan.columns = n + 1
         plan.bank = bank
     elif args.mix:  # one line: from a snippet to the other, one noise
-        a, b = (end_of_mix(end, bank, encode, size) for end in args.mix)
+        a, b = (end_of_mix(end, bank, features_of, size) for end in args.mix)
         plan.s = memory.mix(a, b, torch.linspace(0, 1, n)[:, None])
         plan.ids = [0] * n
         plan.columns = n
@@ -390,15 +391,14 @@ def make_images(args, model, meta, tokenizer, plan):
     sampler = {name: getattr(args, name) for name in SAMPLER}
     settings = {**sampler, "step": meta["step"], "block": args.batch_size}
     settings.update(tokenizer=args.tokenizer, mean=meta["mean"], std=meta["std"])
-    settings["weights"] = zlib.crc32(model.x_embedder.proj.weight.numpy(force=True))  # for all
+    settings["weights"] = zlib.crc32(model.x_embedder.proj.weight.numpy(force=True))  # as a sign
     for name in ("ids", "s", "y"):
         values = getattr(plan, name)
         settings[name] = None if values is None else zlib.crc32(np.ascontiguousarray(values))
     size = model.config.input_size * tokenizer.factor
-    arrays = {"images": ((len(plan.ids), size, size, 3), "uint8")}
-    blocks = memory.ResumableArrays(
-        f"{args.out}.parts", settings, arrays, len(plan.ids), args.batch_size
-    )
+    n = len(plan.ids)
+    arrays = {"images": ((n, size, size, 3), "uint8")}
+    blocks = memory.ResumableArrays(f"{args.out}.parts", settings, arrays, n, args.batch_size)
     for rows in blocks.fill("sampling"):
         part = slice(rows.start, rows.stop)
         s = None if plan.s is None else plan.s[part]

@@ -78,7 +78,7 @@ PRESETS = {
         "rank": "full",  # datasets/img_latent_dataset.py: the class tokens themselves
         "zero_init": False,  # models/lightningdit.py: initialize_weights
     },
-    "sit-xl": {  # SiT-XL/2 with the memory, or --condition class; SiT: train.py of willisma/SiT
+    "sit-xl": {  # GMem on SiT-XL/2; numbers marked SiT are of train.py of willisma/SiT
         **IMAGENET,
         **BARE,
         "data": "data/imagenet256-sd",
@@ -110,7 +110,7 @@ def make_parser():
     add("--mask-ratio", type=float, default=0.4, help="fraction of a snippet masked in training")
     add("--zero-init", action=flag, default=True, help="adaLN and the last layer start at zero")
     add("--align-depth", type=int, default=4, help="the block that --align compares with DINOv2")
-    add("--init", metavar="CKPT", help="weights (EMA) and network to begin with")
+    add("--init", metavar="CKPT", help="weights (EMA), network and scale of snippets to begin with")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=int, default=1300, help="training steps in all; --decay scales with it")
@@ -146,11 +146,16 @@ def make_parser():
 
 
 def read_settings():
-    """-> args, the checkpoint to go on from or None. Preset, checkpoint and prepared folder, in
-    turn, set the parser's defaults, so that flags win; one against the folder is refused."""
+    """-> args, the checkpoint to go on from or None. Preset, checkpoint and prepared folder set
+    defaults, one over the other, and flags go over them; one against the folder is refused."""
     parser = make_parser()
-    args = parser.parse_args()
-    parser.set_defaults(**PRESETS[args.preset])
+
+    def parse(defaults):
+        parser.set_defaults(**defaults)
+        return parser.parse_args()
+
+    args = parse({})
+    args = parse(PRESETS[args.preset])
     path = f"{args.out}/ckpt.pt"
     checkpoint = None
     resumed = {}  # settings of the checkpoint
@@ -159,25 +164,21 @@ def read_settings():
             raise InputError(f"{path} exists: --resume goes on with it, --out DIR begins elsewhere")
         checkpoint = load_file(path)
         saved = checkpoint["settings"]
-        own = ("data", "out", "device", "resume")  # each command has its own
-        resumed = {name: saved[name] for name in saved if name in args and name not in own}
-        own_data = os.path.exists(f"{args.out}/data/meta.json")  # OUT may have moved
-        parser.set_defaults(**resumed, data=f"{args.out}/data" if own_data else saved["data"])
+        per_command = ("data", "out", "device", "resume")
+        resumed = {name: saved[name] for name in saved if name in args and name not in per_command}
+        inside = os.path.exists(f"{args.out}/data/meta.json")  # and may have moved with OUT
+        args = parse({**resumed, "data": f"{args.out}/data" if inside else saved["data"]})
     elif args.resume:
         say(f"--resume: {path} does not exist, the run begins at step 0")
 
-    args = parser.parse_args()  # with the steps and the data that count
-    # without --decay, that of the preset or the resumed run is scaled to the steps
-    default_steps = parser.get_default("steps")
+    default_steps = parser.get_default("steps")  # those that the default decay is for
     default_decay = parser.get_default("decay")
-    parser.set_defaults(decay=[step * args.steps // default_steps for step in default_decay])
-    prepared = {}
+    args = parse({"decay": [step * args.steps // default_steps for step in default_decay]})
     if os.path.exists(f"{args.data}/meta.json"):
         prepared = json.loads(Path(args.data, "meta.json").read_text())["settings"]
         prepared = {name: prepared[name] for name in PREPARED}
-    parser.set_defaults(**prepared)
-    args = parser.parse_args()
-    memory.refuse_differences(prepared, vars(args), f"{args.data} was prepared")
+        args = parse(prepared)
+        memory.refuse_differences(prepared, vars(args), f"{args.data} was prepared")
     for name, value in resumed.items():
         now = getattr(args, name)
         if str(now) != str(value):
@@ -360,7 +361,6 @@ def train(trainer, net, loader):
             memory.all_reduce(loss)
             norm = trainer.update(loss / num_processes())
             bar.update()
-
             stop = torch.tensor(signals[0] if signals else 0)
             memory.all_reduce(stop, torch.distributed.ReduceOp.MAX)
             last = stop or trainer.step == args.steps
@@ -401,15 +401,15 @@ def new_model(args, loader):
     in_channels, input_size, _ = loader.meta["latent"]
     fields.update(input_size=input_size, in_channels=in_channels, mask_ratio=args.mask_ratio)
     fields.update(zero_init=args.zero_init, memory_dim=0, num_classes=0, align_dim=0)
-    keeps_scale = initial is not None and initial.config.memory_dim > 0  # and centring, of --init
-    if args.condition != "memory":
-        fields["memory_center"] = False
-    else:
+    standardize = False
+    if args.condition == "memory":
         fields["memory_dim"] = loader.bank.dim
-        if not keeps_scale:
-            fields["memory_center"] = args.memory_scale == "standard"
-            if args.memory_scale != "standard":
-                fields["memory_scale"] = float(args.memory_scale)
+        if initial is None or initial.config.memory_dim == 0:  # else it keeps the scale it knows
+            standardize = args.memory_scale == "standard"
+            fields["memory_center"] = standardize
+            fields["memory_scale"] = 1.0 if standardize else float(args.memory_scale)
+    else:
+        fields["memory_center"] = False
     if args.memory_tokens is not None:
         fields["memory_tokens"] = args.memory_tokens
     if args.condition == "class":
@@ -421,7 +421,7 @@ def new_model(args, loader):
 
     torch.manual_seed(args.seed)
     model = SiT(SiTConfig(**fields))
-    if fields.get("memory_center") and not keeps_scale:
+    if standardize:
         model.standardize_snippets(loader.bank)
     if initial:
         weights = initial.state_dict()
@@ -486,7 +486,7 @@ def main():
         device_ids = [device.index] if device.type == "cuda" else None
         # large buckets, as torch.compile cuts the network at each one
         net = DDP(net, device_ids, gradient_as_bucket_view=True, bucket_cap_mb=200)
-        net.broadcast_buffers = False  # ours are constants; as an argument it warns
+        net.broadcast_buffers = False  # constants; torch 2.13 deprecates the argument
     try:
         stopped_by = train(trainer, net, loader)
     except torch.OutOfMemoryError as e:
