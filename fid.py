@@ -194,9 +194,9 @@ def open_images(path, batch_size):
 class InputSet:
     """REF or SAMPLES: what its path holds, and later what a network makes of its images"""
 
-    def __init__(self, path, batch_size, network_name):
+    def __init__(self, path, batch_size, network):
         self.path = path
-        self.network_name = network_name  # what made the outputs and statistics
+        self.made_by = network  # what made the outputs and statistics
         self.count = 0  # the number of images or features; 0: unknown
         self.batches = None  # of images
         self.sizes = set()  # of images
@@ -207,16 +207,16 @@ class InputSet:
         elif path.endswith(".npy"):
             self.outputs = [np.load(path).astype(np.float64)]
             self.count = len(self.outputs[0])
-            self.network_name = "features"
+            self.made_by = "features"
         else:
             archive = np.load(path)
-            made_by = str(archive.get("weights", STANDARD))
+            named = str(archive.get("weights", STANDARD))
             if "arr_0" in archive or "mu" not in archive:
                 self.count, self.batches = open_images(path, batch_size)
             else:
                 self.count = int(archive.get("n", 0))
-                self.network_name = made_by
-            if self.network_name == made_by:  # an .npz of images may hold another's
+                self.made_by = named
+            if self.made_by == named:  # statistics of another network are not used
                 self.statistics = [archive[name] for name in STATISTICS if name in archive]
         if self.count < 4 and (self.batches is not None or self.outputs):
             raise InputError(f"{path} holds {self.count} images, expected 4 or more")
@@ -305,7 +305,7 @@ class Inception:
 
 def resize_tf1(x, size=299):
     """Float (B, C, H, W) -> (B, C, size, size), bilinear as TensorFlow 1: pixel i at i H / size,
-    which is the scale of align_corners with a pixel more on both sides"""
+    which is that of align_corners if input and output have one more pixel at the end"""
     x = F.pad(x, (0, 1, 0, 1), mode="replicate")  # beyond the last pixel is the last pixel
     x = F.interpolate(x, (size + 1, size + 1), mode="bilinear", align_corners=True)
     return x[:, :, :size, :size]
@@ -351,15 +351,15 @@ def network_name(args):
 
 
 @torch.no_grad()
-def compute_outputs(images, network, device):
+def compute_outputs(one, network, device):
     """InputSet of N images -> the outputs of the network, (N, D) each, on the CPU"""
     outputs = []
     interval = 0.1 if sys.stderr.isatty() else 30  # seconds between two lines, which a log keeps
-    bar = tqdm(total=images.count, desc=images.path, unit="img", mininterval=interval, miniters=1)
+    bar = tqdm(total=one.count, desc=one.path, unit="img", mininterval=interval, miniters=1)
     with bar:
-        for batch in images.batches:
+        for batch in one.batches:
             sizes = {image.shape for image in batch}
-            images.sizes |= sizes
+            one.sizes |= sizes
             groups = [batch] if len(sizes) == 1 else [[image] for image in batch]
             for group in groups:
                 x = torch.from_numpy(np.stack(group)).permute(0, 3, 1, 2).to(device)
@@ -370,8 +370,8 @@ def compute_outputs(images, network, device):
 
 def evaluate(ref, gen, device):
     """InputSets with statistics -> numbers by name; None: they need images or features of both"""
-    result = {"weights": gen.network_name, "N_ref": ref.count, "N_samples": gen.count}
-    is_inception = gen.network_name.startswith("inception")
+    result = {"weights": gen.made_by, "N_ref": ref.count, "N_samples": gen.count}
+    is_inception = gen.made_by.startswith("inception")
     distance = frechet_distance(*ref.statistics[:2], *gen.statistics[:2])
     result["FID" if is_inception else "FD"] = distance
     if len(ref.statistics) == 4 and len(gen.statistics) == 4:
@@ -405,10 +405,8 @@ def main():
     name = network_name(args)
     ref = InputSet(args.ref, args.batch_size, name)
     gen = InputSet(args.samples, args.batch_size, name)
-    if ref.network_name != gen.network_name:
-        raise InputError(
-            f"{args.ref} is of {ref.network_name}, {args.samples} of {gen.network_name}"
-        )
+    if ref.made_by != gen.made_by:
+        raise InputError(f"{args.ref} is of {ref.made_by}, {args.samples} of {gen.made_by}")
     with_images = [one for one in (ref, gen) if one.batches is not None]
     if with_images:
         network = load_network(args)
@@ -435,7 +433,7 @@ def main():
     if args.save_stats:
         with open(args.save_stats + ".tmp", "wb") as file:
             np.savez(
-                file, weights=ref.network_name, n=ref.count, **dict(zip(STATISTICS, ref.statistics))
+                file, weights=ref.made_by, n=ref.count, **dict(zip(STATISTICS, ref.statistics))
             )
         os.replace(args.save_stats + ".tmp", args.save_stats)
 

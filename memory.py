@@ -291,16 +291,16 @@ class MemoryBank:
 
     @full_float32()
     def neighbours(self, rows, k, s=None):
-        """rows (B,) -> cosine (B, k), index (B, k) of the k most similar candidates of each row,
-        equal ones left out. Candidates of a row are those of its class (all, if it has no label or
-        the class fewer than 3 rows) in its half of the bank, original or mirror images. Missing
-        ones: cosine -1, index -1. With s (B, D): the candidates most similar to s, equal or not."""
+        """rows (B,) -> cosine (B, k), index (B, k) of the k most similar candidates of each, equal
+        ones left out; -1 where there are fewer. Candidates: rows of its class, originals or mirror
+        images as it is; all of these if it has no label or the class has fewer than 3. With s
+        (B, D): most similar to s instead, equal ones kept."""
         rows = torch.as_tensor(rows, device=self.coef.device).reshape(-1)
         queries = self[rows] if s is None else s.to(self.coef.device)
         cosine = queries.new_empty(len(rows), k)
         index = torch.empty_like(cosine, dtype=torch.int64)
         half = torch.zeros_like(self.labels)
-        half[self.mirrored : 2 * self.mirrored] = 1
+        half[self.mirrored : 2 * self.mirrored] = 1  # a mirror image
         groups = torch.stack([self.labels, half], dim=1)
         for group in groups[rows].unique(dim=0):
             places = (groups[rows] == group).all(1)
@@ -559,8 +559,8 @@ def denormalize_latents(x, stats):
 
 
 def in_batches(f, images, device):
-    """uint8 images (N, H, W, 3) -> each of the results of f (N, ..), on the CPU. f is given images
-    (b, 3, H, W) in [-1, 1]: 64 at a time, or fewer where they are larger than 256 pixels."""
+    """f: images (b, 3, H, W) in [-1, 1] -> list of tensors (b, ..). -> that list for all images,
+    uint8 (N, H, W, 3), on the CPU. b is 64, or less for images larger than 256 pixels."""
     batch_size = max(1, 64 * 256**2 // max(256**2, images.shape[1] ** 2))
     results = []
     for batch in torch.as_tensor(images).split(batch_size):
@@ -639,7 +639,7 @@ def load_features(path):
 
 
 def patch_basis(path, images, encode, device):
-    """Writes a bank of the patch tokens of 256 images; its basis is that of all patch tokens."""
+    """Writes a bank of the patch tokens of 256 images; its basis serves those of all images."""
     if not os.path.exists(path):
         rows = np.linspace(0, len(images) - 1, min(len(images), 256)).astype(int)
         tokens = in_batches(lambda x: encode(x)[1:], images.batch(rows), device)[0]
@@ -647,8 +647,8 @@ def patch_basis(path, images, encode, device):
 
 
 def encode_images(images, tokenizer, encode, out, settings, device):
-    """Fills latents.npy, features.npy and, with patches, patches.npy, patch_scales.npy; each image
-    is decoded once, for itself and its mirror image. -> ResumableArrays"""
+    """Fills latents.npy, encoded.npy (features), with patches also patches.npy, patch_scales.npy;
+    each image is decoded once, for itself and its mirror image. -> ResumableArrays"""
     n = len(images)
     first_rows = (0, n) if settings["flip"] else (0,)
     N = n * len(first_rows)
@@ -656,7 +656,7 @@ def encode_images(images, tokenizer, encode, out, settings, device):
     features, tokens = encode(blank)
     arrays = {"latents": ((N, *tokenizer.encode(blank).shape[1:]), tokenizer.dtype)}
     if settings["features"] is None:
-        arrays["features"] = ((N, features.shape[1]), "float32")
+        arrays["encoded"] = ((N, features.shape[1]), "float32")
     if settings["patches"]:
         if tokens is None:
             raise InputError(f"the encoder {settings['encoder']} has no patch tokens")
@@ -670,7 +670,7 @@ def encode_images(images, tokenizer, encode, out, settings, device):
     def encode_batch(x):
         """images (b, 3, H, W) in [-1, 1] -> what each of the arrays keeps of them"""
         parts = {"latents": tokenizer.encode(x).to(getattr(torch, tokenizer.dtype))}
-        parts["features"], tokens = encode(x)
+        parts["encoded"], tokens = encode(x)
         if settings["patches"]:
             c = patch_bank.project(tokens)
             parts["patches"], parts["patch_scales"] = quantize(c, torch.int8)
@@ -680,7 +680,7 @@ def encode_images(images, tokenizer, encode, out, settings, device):
     for rows in blocks.fill("encoding"):
         x = next(batches)
         for first_row in first_rows:
-            values = in_batches(encode_batch, x.flip(2) if first_row else x, device)
+            values = in_batches(encode_batch, x.flip(2) if first_row == n else x, device)
             finite = values[0].isfinite().flatten(1).all(1)  # the latents
             if not finite.all():
                 i = rows[int(finite.long().argmin())]
@@ -733,7 +733,7 @@ def prepare(data, out, device="cpu", **options):
             sample = latents[rows].astype(np.float64)
             stats = sample.mean((0, 2, 3)).tolist(), sample.std((0, 2, 3)).tolist()
         if settings["features"] is None:
-            features = blocks.arrays["features"]
+            features = blocks.arrays["encoded"]
         fields = {"encoder": last_part(settings["features"] or settings["encoder"])}
         fields.update(classes=tuple(images.classes), mirrored=len(images) * settings["flip"])
         rank = settings["rank"]
@@ -755,7 +755,7 @@ def save_prepared(out, bank, meta, files):
         Path(out, "files.txt").write_bytes(os.fsencode("".join(lines)))
     counts = torch.bincount(bank.labels[bank.labels >= 0]).tolist()
     write_json(f"{out}/meta.json", {**meta, "class_counts": counts, "bank": bank.id})
-    for name in ("features.npy", "done.npy", "progress.json"):
+    for name in ("encoded.npy", "done.npy", "progress.json"):
         Path(out, name).unlink(missing_ok=True)
 
 
@@ -898,7 +898,7 @@ def cli(main):
 def rank_or_full(text):
     if text != "full" and int(text) < 1:
         raise ValueError(text)
-    return text
+    return text if text == "full" else int(text)
 
 
 def add_data_flags(parser, image_size):

@@ -1,7 +1,7 @@
 """The networks of GMem (arXiv 2412.08781): a flow-matching transformer that is shown one snippet.
 
     x_t = (1 - t) z + t x          z ~ N(0, I), time t runs from noise (0) to data (1)
-    v(x_t, t, s)  ->  x - z        s: the unit-norm snippet of x, random entries of it zero
+    v(x_t, t, s)  ->  x - z        s: the unit-norm snippet of x, masked by dropout
     loss = |v - (x - z)|^2 + 1 - cos(v, x - z)       mean over pixels; the cosine is over channels
 
     ODE  dx_t = v dt
@@ -261,7 +261,7 @@ class SiT(nn.Module):
     def init_weights(self):
         """linear layers, patch embedding (flattened)    Xavier uniform, bias 0
         t_embedder, y_embedder                        normal, std 0.02
-        adaLN, final_layer.linear                     0 (zero_init=False, GMem: as linear layers)
+        adaLN, final_layer.linear                     0; zero_init=False (official GMem): Xavier
         """
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -350,10 +350,10 @@ def cosine(v, u):
     return (v * u).sum(1) * (v_square * u_square).rsqrt()
 
 
-def training_modes(model):
-    """The set of .training of the SiT in a model or wrapper; empty if there is none"""
+def has_sit(model, training):
+    """Whether a model is or wraps a SiT that is in training mode, or that is not"""
     modules = model.modules() if isinstance(model, nn.Module) else []
-    return {module.training for module in modules if isinstance(module, SiT)}
+    return any(isinstance(m, SiT) and m.training == training for m in modules)
 
 
 def flow_loss(
@@ -369,7 +369,7 @@ def flow_loss(
     All draws are from torch's default generator: t, z, which images to drop; then the model's mask.
     Eval mode, which has no mask, is for validation under torch.no_grad().
     """
-    if torch.is_grad_enabled() and False in training_modes(model):
+    if torch.is_grad_enabled() and has_sit(model, training=False):
         raise InputError("flow_loss: the network is in eval mode and has no mask: call its train()")
     x = x.float()
     t = (t_mean + t_std * torch.randn(len(x), device=x.device, dtype=x.dtype)).sigmoid()
@@ -389,7 +389,7 @@ def flow_loss(
         cosines = F.cosine_similarity(projected.float(), targets.float(), dim=-1)
         loss = loss - align * cosines.mean()
     elif projected is not None:
-        loss = loss + 0 * projected.float().sum()  # DDP wants a gradient of every parameter
+        loss = loss + 0 * projected.float().sum()  # --align 0: DDP wants gradients of all
     return loss
 
 
@@ -452,7 +452,7 @@ def guided(model, s=None, y=None, cfg=1.0, interval=(0.0, 1.0)):
     cfg       guidance scale, on all channels; 1: no guidance
     interval  LO, HI: guidance only while LO <= t <= HI, elsewhere one evaluation instead of two
     """
-    if True in training_modes(model):
+    if has_sit(model, training=True):
         raise InputError("guided: the network is in training mode and would mask: call its eval()")
     if s is not None:
         s = F.normalize(s.float(), dim=1)
@@ -547,7 +547,7 @@ def load_sit(source, config=None):
     content = load_file(source)
     weights = weights_of(content)
     config = config or content.get("config")
-    if isinstance(config, dict) and "model" not in config:  # official: a yaml with "model"
+    if isinstance(config, dict) and "model" not in config:  # not the yaml of official files
         config = SiTConfig(**config)
     if not isinstance(config, SiTConfig):
         if "token_projection.weight" in weights or "memory_mean" in weights:

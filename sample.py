@@ -33,7 +33,7 @@ from memory import InputError, MemoryBank, num_processes, process_rank
 from model import guided, load_file, load_sit, load_tokenizer, ode, sde
 
 NEIGHBOURS = 10  # nearest rows, whose covariance gives the step of --new
-TRAINING, NOISE, NEW = 0, 1, 3  # streams of random numbers: any three different ones (2 is free)
+TRAINING, NOISE, NEW = 0, 1, 3  # streams of random numbers
 SAMPLER = ("seed", "method", "steps", "shift", "cfg", "interval", "dtype")  # of generate
 METHODS = ("euler", "heun", "sde-euler", "sde-heun")
 
@@ -56,7 +56,7 @@ def draw_indices(ids, seed, count):
 def generate(
     model, ids, s, y, seed=0, method="heun", steps=25, shift=0, cfg=1, interval=(0, 1), dtype=None
 ):
-    """The images numbered ids of the stream `seed` -> latents (B, C, H, W), as the model sees them.
+    """-> latents (B, C, H, W) as the model sees them; image i begins with noise (seed, ids[i]).
 
     s, y    (B, D) snippets of any norm, (B,) labels; None, if the model has none
     method  one of METHODS; see model.ode, model.sde and model.guided for the others
@@ -96,8 +96,8 @@ def new_snippets(bank, rows, ids, seed=0, spread=1.0):
 
 
 def novelty(bank, rows, s):
-    """Median distance of new snippets s (B, D) to the nearest row of the class that they are in,
-    divided by that of the rows they are around to another. 0: copies, 1: as far as other images"""
+    """Median distance of the new snippets s (B, D) to the nearest row, divided by that of their own
+    rows to the nearest other one, within the class. 0: copies, 1: as far as other images"""
     of_new, _ = bank.neighbours(rows, 1, s)
     of_rows, _ = bank.neighbours(rows, 1)
     ratio = (1 - of_new).median() / (1 - of_rows).median()  # of squares: |a - b|^2 = 2 (1 - cos)
@@ -220,7 +220,7 @@ def save_images(images, out, columns=None):
             else:
                 np.savez(file, arr_0=images)
     else:
-        os.makedirs(f"{out}.parts/png", exist_ok=True)  # as OUT when complete; main deletes .parts
+        os.makedirs(f"{out}.parts/png", exist_ok=True)  # becomes OUT when complete
         for i, image in enumerate(images):
             Image.fromarray(image).save(f"{out}.parts/png/{i:06d}.png")
         os.rename(f"{out}.parts/png", out)
@@ -344,7 +344,7 @@ def make_plan(args, meta, bank, config, size, device):
             raise InputError(f"the bank was made by {bank.encoder}: give its weights, --encoder")
         return memory.encode_features(images, encoder, device)
 
-    rows = None  # of the bank, in the modes that do not set plan.s themselves
+    rows = None  # of the bank, to show or to vary; None: plan.s is set here
     if args.add:  # a line for each image: its snippet, n noises
         plan.given = read_images(args.add, size)
         rows = torch.arange(len(bank), len(bank) + len(plan.given)).repeat_interleave(n)
@@ -391,7 +391,7 @@ def make_images(args, model, meta, tokenizer, plan):
     sampler = {name: getattr(args, name) for name in SAMPLER}
     settings = {**sampler, "step": meta["step"], "block": args.batch_size}
     settings.update(tokenizer=args.tokenizer, mean=meta["mean"], std=meta["std"])
-    settings["weights"] = zlib.crc32(model.x_embedder.proj.weight.numpy(force=True))  # as a sign
+    settings["weights"] = zlib.crc32(model.x_embedder.proj.weight.numpy(force=True))
     for name in ("ids", "s", "y"):
         values = getattr(plan, name)
         settings[name] = None if values is None else zlib.crc32(np.ascontiguousarray(values))

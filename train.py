@@ -110,7 +110,7 @@ def make_parser():
     add("--mask-ratio", type=float, default=0.4, help="fraction of a snippet masked in training")
     add("--zero-init", action=flag, default=True, help="adaLN and the last layer start at zero")
     add("--align-depth", type=int, default=4, help="the block that --align compares with DINOv2")
-    add("--init", metavar="CKPT", help="weights (EMA), network and scale of snippets to begin with")
+    add("--init", metavar="CKPT", help="begin with its EMA weights, network and scale of snippets")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=int, default=1300, help="training steps in all; --decay scales with it")
@@ -146,8 +146,8 @@ def make_parser():
 
 
 def read_settings():
-    """-> args, the checkpoint to go on from or None. Preset, checkpoint and prepared folder set
-    defaults, one over the other, and flags go over them; one against the folder is refused."""
+    """-> args, the checkpoint or None. Later wins: preset, checkpoint, prepared folder, flags.
+    InputError where a flag contradicts the folder, or the network of the checkpoint."""
     parser = make_parser()
 
     def parse(defaults):
@@ -171,7 +171,7 @@ def read_settings():
     elif args.resume:
         say(f"--resume: {path} does not exist, the run begins at step 0")
 
-    default_steps = parser.get_default("steps")  # those that the default decay is for
+    default_steps = parser.get_default("steps")  # those that the default of --decay is made for
     default_decay = parser.get_default("decay")
     args = parse({"decay": [step * args.steps // default_steps for step in default_decay]})
     if os.path.exists(f"{args.data}/meta.json"):
@@ -342,7 +342,7 @@ def train(trainer, net, loader):
             signal.signal(number, lambda number, frame: signals.append(number))
     device = loader.device
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=trainer.dtype == "bfloat16")
-    of_loss = {"align": args.align, "t_mean": args.t_mean, "t_std": args.t_std}
+    loss_options = {"align": args.align, "t_mean": args.t_mean, "t_std": args.t_std}
     stop = 0
     began = time.perf_counter()
     with memory.progress(desc="train", total=args.steps, initial=trainer.step, unit="step") as bar:
@@ -354,7 +354,7 @@ def train(trainer, net, loader):
                 if num_processes() > 1:  # gradients are exchanged in the last micro-batch only
                     net.require_backward_grad_sync = m == indices[-1]
                 with autocast:
-                    part = flow_loss(net, x, s, y, args.cond_drop_prob, targets, **of_loss)
+                    part = flow_loss(net, x, s, y, args.cond_drop_prob, targets, **loss_options)
                 part = part / len(indices)
                 part.backward()
                 loss += part.detach()
@@ -404,7 +404,7 @@ def new_model(args, loader):
     standardize = False
     if args.condition == "memory":
         fields["memory_dim"] = loader.bank.dim
-        if initial is None or initial.config.memory_dim == 0:  # else it keeps the scale it knows
+        if initial is None or initial.config.memory_dim == 0:  # else --init's scale stays
             standardize = args.memory_scale == "standard"
             fields["memory_center"] = standardize
             fields["memory_scale"] = 1.0 if standardize else float(args.memory_scale)
