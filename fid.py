@@ -131,7 +131,7 @@ def to_rgb(image):
     """PIL image -> RGB, 8 bits: upright, transparency on white, 16-bit grey scaled to 8 bits.
     InputError for floats and 32-bit integers, in which black and white are not defined."""
     is_16_bit = image.mode.startswith("I;16")
-    is_16_bit |= image.mode == "I" and image.format in ("PNG", "PPM")  # Pillow opens it as I there
+    is_16_bit |= image.mode == "I" and image.format in ("PNG", "PPM")  # so Pillow opens 16 bits
     if image.mode in ("I", "F") and not is_16_bit:
         raise InputError(f"mode {image.mode} has no black and white: save it with 8 or 16 bits")
     image = ImageOps.exif_transpose(image)
@@ -216,7 +216,7 @@ class InputSet:
             else:
                 self.count = int(archive.get("n", 0))
                 self.made_by = named
-            if self.made_by == named:  # statistics of another network are not used
+            if named == self.made_by:  # beside images, those of another network are not used
                 self.statistics = [archive[name] for name in STATISTICS if name in archive]
         if self.count < 4 and (self.batches is not None or self.outputs):
             raise InputError(f"{path} holds {self.count} images, expected 4 or more")

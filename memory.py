@@ -269,7 +269,7 @@ class MemoryBank:
 
     def search(self, s, rows, k, leave_out_equal=False):
         """s (B, D) unit-norm -> cosine (B, k), index (B, k) of the most similar of the rows (n,).
-        Where there are fewer than k: cosine -1, index -1. Of a row r numbers are read, not D:
+        Where there are fewer than k: cosine -1, index -1. Rows are not decoded; c_i suffices:
 
         cos(s, s_i) = (c_i.(basis s) + mean.s) / |c_i basis + mean|
         """
@@ -291,16 +291,16 @@ class MemoryBank:
 
     @full_float32()
     def neighbours(self, rows, k, s=None):
-        """rows (B,) -> cosine (B, k), index (B, k) of the k most similar candidates of each, equal
-        ones left out; -1 where there are fewer. Candidates: rows of its class, originals or mirror
-        images as it is; all of these if it has no label or the class has fewer than 3. With s
-        (B, D): most similar to s instead, equal ones kept."""
+        """Of each of the rows (B,): cosine (B, k), index (B, k) of the k most similar candidates,
+        without equal ones; -1 where there are fewer. Candidates: its class in its half of the bank,
+        originals or mirror images; all of the half if it has no label or these are fewer than 3.
+        With s (B, D): those most similar to s[i], not to row i, and equal ones count."""
         rows = torch.as_tensor(rows, device=self.coef.device).reshape(-1)
         queries = self[rows] if s is None else s.to(self.coef.device)
         cosine = queries.new_empty(len(rows), k)
         index = torch.empty_like(cosine, dtype=torch.int64)
         half = torch.zeros_like(self.labels)
-        half[self.mirrored : 2 * self.mirrored] = 1  # a mirror image
+        half[self.mirrored : 2 * self.mirrored] = 1  # 0: originals, 1: mirror images
         groups = torch.stack([self.labels, half], dim=1)
         for group in groups[rows].unique(dim=0):
             places = (groups[rows] == group).all(1)
@@ -369,7 +369,7 @@ def to_rgb(image):
     """PIL image -> RGB, 8 bits: upright, transparency on white, 16-bit grey scaled to 8 bits.
     InputError for floats and 32-bit integers, in which black and white are not defined."""
     is_16_bit = image.mode.startswith("I;16")
-    is_16_bit |= image.mode == "I" and image.format in ("PNG", "PPM")  # Pillow opens it as I there
+    is_16_bit |= image.mode == "I" and image.format in ("PNG", "PPM")  # so Pillow opens 16 bits
     if image.mode in ("I", "F") and not is_16_bit:
         raise InputError(f"mode {image.mode} has no black and white: save it with 8 or 16 bits")
     image = ImageOps.exif_transpose(image)
@@ -559,8 +559,8 @@ def denormalize_latents(x, stats):
 
 
 def in_batches(f, images, device):
-    """f: images (b, 3, H, W) in [-1, 1] -> list of tensors (b, ..). -> that list for all images,
-    uint8 (N, H, W, 3), on the CPU. b is 64, or less for images larger than 256 pixels."""
+    """f of all images, uint8 (N, H, W, 3), in batches: f(images (b, 3, H, W) in [-1, 1]) is a list
+    of tensors (b, ..). -> the list of those of all N, on the CPU. b is 64, less above 256 pixels"""
     batch_size = max(1, 64 * 256**2 // max(256**2, images.shape[1] ** 2))
     results = []
     for batch in torch.as_tensor(images).split(batch_size):
@@ -581,7 +581,7 @@ class ResumableArrays:
     """Arrays in .npy files of a folder, which the processes of one machine fill, `size` rows at a
     time. A killed command goes on where it stopped.
 
-    arrays  given as name -> (shape, dtype), kept as name -> memmap; done: which blocks are filled
+    arrays  {name: (shape, dtype)}, kept as {name: memmap} with one more, "done": a bool a block
     todo    the ranges of rows that are left to this process
     InputError where another command fills the folder now, or began to, with other settings."""
 
@@ -615,15 +615,17 @@ class ResumableArrays:
 
 def is_prepared(out, src, settings):
     """Whether a folder was prepared with these settings. InputError where it was with others, or
-    where src, a folder, has another number of images now."""
+    where src, a folder or an .npy, has another number of images now."""
     if not os.path.exists(f"{out}/meta.json"):
         return False
     meta = json.loads(Path(out, "meta.json").read_text())
     was = {**meta["settings"], "images": meta["images"]}
     if os.path.isdir(src) and not settings["skip_bad"]:
         settings = {**settings, "images": len(image_files(src))}
+    elif src.endswith(".npy"):
+        settings = {**settings, "images": len(np.load(src, mmap_mode="r"))}
     if not settings["patches"]:
-        del was["patches"]  # a folder with them serves a run without
+        was.pop("patches", None)  # not compared: a folder with them serves a run without
     refuse_differences(was, settings, f"{out} was prepared")
     return True
 
@@ -639,7 +641,7 @@ def load_features(path):
 
 
 def patch_basis(path, images, encode, device):
-    """Writes a bank of the patch tokens of 256 images; its basis serves those of all images."""
+    """Writes a bank of the patch tokens of 256 images: its mean and basis are the PCA of all."""
     if not os.path.exists(path):
         rows = np.linspace(0, len(images) - 1, min(len(images), 256)).astype(int)
         tokens = in_batches(lambda x: encode(x)[1:], images.batch(rows), device)[0]
@@ -650,8 +652,7 @@ def encode_images(images, tokenizer, encode, out, settings, device):
     """Fills latents.npy, encoded.npy (features), with patches also patches.npy, patch_scales.npy;
     each image is decoded once, for itself and its mirror image. -> ResumableArrays"""
     n = len(images)
-    first_rows = (0, n) if settings["flip"] else (0,)
-    N = n * len(first_rows)
+    N = n * (1 + settings["flip"])
     blank = torch.zeros(1, 3, images.size, images.size, device=device)
     features, tokens = encode(blank)
     arrays = {"latents": ((N, *tokenizer.encode(blank).shape[1:]), tokenizer.dtype)}
@@ -679,15 +680,15 @@ def encode_images(images, tokenizer, encode, out, settings, device):
     batches = ahead(images.batch, blocks.todo)
     for rows in blocks.fill("encoding"):
         x = next(batches)
-        for first_row in first_rows:
-            values = in_batches(encode_batch, x.flip(2) if first_row == n else x, device)
+        for mirror in range(1 + settings["flip"]):
+            values = in_batches(encode_batch, x.flip(2) if mirror else x, device)
             finite = values[0].isfinite().flatten(1).all(1)  # the latents
             if not finite.all():
                 i = rows[int(finite.long().argmin())]
                 name = i if images.files is None else images.files[i]
                 raise InputError(f"image {name}: its latents overflow {tokenizer.dtype}")
             for name, value in zip(arrays, values):
-                blocks.arrays[name][first_row + rows.start : first_row + rows.stop] = value
+                blocks.arrays[name][mirror * n + rows.start : mirror * n + rows.stop] = value
     return blocks
 
 
@@ -701,7 +702,7 @@ def prepare(data, out, device="cpu", **options):
     """
     from model import load_encoder, load_tokenizer
 
-    settings = vars(make_parser().parse_args([f"--out={out}"]))  # the defaults of all flags
+    settings = vars(make_parser().parse_args([f"--out={out}"]))  # defaults of the command's flags
     assert set(options) <= set(settings), options
     source = data if data == "glyphs" else os.path.abspath(data)
     settings = {**settings, **options, "source": source}

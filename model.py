@@ -243,7 +243,7 @@ class SiT(nn.Module):
             self.condition_projection = named(linear=nn.Linear(config.memory_dim, h))
         if config.memory_dim and config.memory_tokens:
             self.token_projection = nn.Linear(config.memory_dim, size * size * h)
-        if config.memory_center:
+        if config.memory_dim and config.memory_center:
             self.register_buffer("memory_mean", torch.zeros(config.memory_dim))
         x, y = position_angles(h, size)
         table = torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)
@@ -334,7 +334,7 @@ class SiT(nn.Module):
                 projected = self.projector[0](tokens)
 
         out = self.unpatchify(self.final_layer(tokens, c))
-        if config.predict_x:  # the data, from which v = (data - x_t) / (1 - t)
+        if config.predict_x:  # the data; v = (data - x_t) / (1 - t), t up to 0.95
             out = (out - x) / (1 - t[:, None, None, None]).clamp_min(0.05).to(dtype)
         return out if projected is None else (out, projected)
 
@@ -351,7 +351,7 @@ def cosine(v, u):
 
 
 def has_sit(model, training):
-    """Whether a model is or wraps a SiT that is in training mode, or that is not"""
+    """Whether a model is or wraps a SiT whose mode, .training, is this one"""
     modules = model.modules() if isinstance(model, nn.Module) else []
     return any(isinstance(m, SiT) and m.training == training for m in modules)
 
@@ -547,7 +547,7 @@ def load_sit(source, config=None):
     content = load_file(source)
     weights = weights_of(content)
     config = config or content.get("config")
-    if isinstance(config, dict) and "model" not in config:  # not the yaml of official files
+    if isinstance(config, dict) and "model" not in config:  # official: a yaml with "model"
         config = SiTConfig(**config)
     if not isinstance(config, SiTConfig):
         if "token_projection.weight" in weights or "memory_mean" in weights:

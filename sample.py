@@ -33,7 +33,7 @@ from memory import InputError, MemoryBank, num_processes, process_rank
 from model import guided, load_file, load_sit, load_tokenizer, ode, sde
 
 NEIGHBOURS = 10  # nearest rows, whose covariance gives the step of --new
-TRAINING, NOISE, NEW = 0, 1, 3  # streams of random numbers
+TRAINING, NOISE, NEW = 0, 1, 3  # streams: the first numbers of mixed_seed
 SAMPLER = ("seed", "method", "steps", "shift", "cfg", "interval", "dtype")  # of generate
 METHODS = ("euler", "heun", "sde-euler", "sde-heun")
 
@@ -96,8 +96,8 @@ def new_snippets(bank, rows, ids, seed=0, spread=1.0):
 
 
 def novelty(bank, rows, s):
-    """Median distance of the new snippets s (B, D) to the nearest row, divided by that of their own
-    rows to the nearest other one, within the class. 0: copies, 1: as far as other images"""
+    """Median distance of new snippets s (B, D) to the nearest row, over that between the rows they
+    are around and their nearest others, within the class. 0: copies, 1: as far as other images"""
     of_new, _ = bank.neighbours(rows, 1, s)
     of_rows, _ = bank.neighbours(rows, 1)
     ratio = (1 - of_new).median() / (1 - of_rows).median()  # of squares: |a - b|^2 = 2 (1 - cos)
@@ -344,7 +344,7 @@ def make_plan(args, meta, bank, config, size, device):
             raise InputError(f"the bank was made by {bank.encoder}: give its weights, --encoder")
         return memory.encode_features(images, encoder, device)
 
-    rows = None  # of the bank, to show or to vary; None: plan.s is set here
+    rows = None  # of the bank, for plan.s below; None: plan.s is set here
     if args.add:  # a line for each image: its snippet, n noises
         plan.given = read_images(args.add, size)
         rows = torch.arange(len(bank), len(bank) + len(plan.given)).repeat_interleave(n)
@@ -389,7 +389,7 @@ def make_plan(args, meta, bank, config, size, device):
 def make_images(args, model, meta, tokenizer, plan):
     """Generates the images of a plan, batch by batch, in files of OUT.parts -> (N, H, W, 3)"""
     sampler = {name: getattr(args, name) for name in SAMPLER}
-    settings = {**sampler, "step": meta["step"], "block": args.batch_size}
+    settings = {**sampler, "step": meta["step"], "block": args.batch_size}  # equal, to go on
     settings.update(tokenizer=args.tokenizer, mean=meta["mean"], std=meta["std"])
     settings["weights"] = zlib.crc32(model.x_embedder.proj.weight.numpy(force=True))
     for name in ("ids", "s", "y"):

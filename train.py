@@ -151,6 +151,7 @@ def read_settings():
     parser = make_parser()
 
     def parse(defaults):
+        """Flags, over these defaults, over those set before"""
         parser.set_defaults(**defaults)
         return parser.parse_args()
 
@@ -166,12 +167,13 @@ def read_settings():
         saved = checkpoint["settings"]
         per_command = ("data", "out", "device", "resume")
         resumed = {name: saved[name] for name in saved if name in args and name not in per_command}
-        inside = os.path.exists(f"{args.out}/data/meta.json")  # and may have moved with OUT
+        inside = os.path.exists(f"{args.out}/data/meta.json")  # wins: OUT may have moved
         args = parse({**resumed, "data": f"{args.out}/data" if inside else saved["data"]})
     elif args.resume:
         say(f"--resume: {path} does not exist, the run begins at step 0")
 
-    default_steps = parser.get_default("steps")  # those that the default of --decay is made for
+    # --decay scales with --steps; defaults are now those of the preset or of the checkpoint
+    default_steps = parser.get_default("steps")
     default_decay = parser.get_default("decay")
     args = parse({"decay": [step * args.steps // default_steps for step in default_decay]})
     if os.path.exists(f"{args.data}/meta.json"):
@@ -404,12 +406,10 @@ def new_model(args, loader):
     standardize = False
     if args.condition == "memory":
         fields["memory_dim"] = loader.bank.dim
-        if initial is None or initial.config.memory_dim == 0:  # else --init's scale stays
+        if initial is None or initial.config.memory_dim == 0:  # else its scale stays
             standardize = args.memory_scale == "standard"
             fields["memory_center"] = standardize
             fields["memory_scale"] = 1.0 if standardize else float(args.memory_scale)
-    else:
-        fields["memory_center"] = False
     if args.memory_tokens is not None:
         fields["memory_tokens"] = args.memory_tokens
     if args.condition == "class":
