@@ -100,7 +100,9 @@ def distance_blocks(a, b, rows=500):
     b = b - center
     for part in (a - center).split(rows):
         distance = torch.cdist(part, b)
-        distance[distance < 1e-5 * part.norm(dim=1, keepdim=True)] = 0  # duplicates, up to float32
+        distance[distance < 1e-5 * part.norm(dim=1, keepdim=True)] = (
+            0  # equal rows, but for rounding
+        )
         yield distance
 
 
@@ -210,13 +212,13 @@ class InputSet:
             self.made_by = "features"
         else:
             archive = np.load(path)
-            named = str(archive.get("weights", STANDARD))
+            statistics_by = str(archive.get("weights", STANDARD))
             if "arr_0" in archive or "mu" not in archive:
                 self.count, self.batches = open_images(path, batch_size)
             else:
                 self.count = int(archive.get("n", 0))
-                self.made_by = named
-            if named == self.made_by:  # beside images, those of another network are not used
+                self.made_by = statistics_by
+            if statistics_by == self.made_by:  # else they are of another network than --network
                 self.statistics = [archive[name] for name in STATISTICS if name in archive]
         if self.count < 4 and (self.batches is not None or self.outputs):
             raise InputError(f"{path} holds {self.count} images, expected 4 or more")
@@ -304,8 +306,8 @@ class Inception:
 
 
 def resize_tf1(x, size=299):
-    """Float (B, C, H, W) -> (B, C, size, size), bilinear as TensorFlow 1: pixel i at i H / size,
-    which is that of align_corners if input and output have one more pixel at the end"""
+    """Float (B, C, H, W) -> (B, C, size, size), bilinear as TensorFlow 1: pixel i is read at
+    i H / size. With one more pixel at the end of both, align_corners does that."""
     x = F.pad(x, (0, 1, 0, 1), mode="replicate")  # beyond the last pixel is the last pixel
     x = F.interpolate(x, (size + 1, size + 1), mode="bilinear", align_corners=True)
     return x[:, :, :size, :size]

@@ -291,10 +291,10 @@ class MemoryBank:
 
     @full_float32()
     def neighbours(self, rows, k, s=None):
-        """Of each of the rows (B,): cosine (B, k), index (B, k) of the k most similar candidates,
-        without equal ones; -1 where there are fewer. Candidates: its class in its half of the bank,
-        originals or mirror images; all of the half if it has no label or these are fewer than 3.
-        With s (B, D): those most similar to s[i], not to row i, and equal ones count."""
+        """rows (B,) -> cosine, index (B, k) of the k most similar candidates; -1: there are fewer.
+        Candidates are the rows of its class and its half (originals or mirror images), or, without
+        a label or with fewer than 3, all rows of its half. Equal rows (itself, duplicates) are left
+        out. With s (B, D): most similar to s[i] instead, equal rows included (for novelty)."""
         rows = torch.as_tensor(rows, device=self.coef.device).reshape(-1)
         queries = self[rows] if s is None else s.to(self.coef.device)
         cosine = queries.new_empty(len(rows), k)
@@ -559,8 +559,8 @@ def denormalize_latents(x, stats):
 
 
 def in_batches(f, images, device):
-    """f of all images, uint8 (N, H, W, 3), in batches: f(images (b, 3, H, W) in [-1, 1]) is a list
-    of tensors (b, ..). -> the list of those of all N, on the CPU. b is 64, less above 256 pixels"""
+    """uint8 images (N, H, W, 3) -> f of all, on the CPU, computed in batches of 64, or fewer above
+    256 pixels. f: images (b, 3, H, W) in [-1, 1] -> list of tensors (b, ..)"""
     batch_size = max(1, 64 * 256**2 // max(256**2, images.shape[1] ** 2))
     results = []
     for batch in torch.as_tensor(images).split(batch_size):
@@ -625,7 +625,7 @@ def is_prepared(out, src, settings):
     elif src.endswith(".npy"):
         settings = {**settings, "images": len(np.load(src, mmap_mode="r"))}
     if not settings["patches"]:
-        was.pop("patches", None)  # not compared: a folder with them serves a run without
+        was.pop("patches", None)  # a folder with them serves a run without, too
     refuse_differences(was, settings, f"{out} was prepared")
     return True
 
@@ -641,7 +641,7 @@ def load_features(path):
 
 
 def patch_basis(path, images, encode, device):
-    """Writes a bank of the patch tokens of 256 images: its mean and basis are the PCA of all."""
+    """Writes a bank of the patch tokens of 256 images, whose mean and basis compress all tokens."""
     if not os.path.exists(path):
         rows = np.linspace(0, len(images) - 1, min(len(images), 256)).astype(int)
         tokens = in_batches(lambda x: encode(x)[1:], images.batch(rows), device)[0]
@@ -682,7 +682,7 @@ def encode_images(images, tokenizer, encode, out, settings, device):
         x = next(batches)
         for mirror in range(1 + settings["flip"]):
             values = in_batches(encode_batch, x.flip(2) if mirror else x, device)
-            finite = values[0].isfinite().flatten(1).all(1)  # the latents
+            finite = values[0].isfinite().flatten(1).all(1)  # arrays begins with the latents
             if not finite.all():
                 i = rows[int(finite.long().argmin())]
                 name = i if images.files is None else images.files[i]
@@ -772,7 +772,7 @@ def last_part(path):
 
 
 def refuse_differences(was, now, what, otherwise="name another folder"):
-    """InputError where settings that both have differ, as text; of paths the last part counts."""
+    """InputError where a setting in both differs, as text; of paths the last part, as they move"""
     differ = []
     for name in now:
         if name in was and last_part(was[name]) != last_part(now[name]):

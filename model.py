@@ -547,7 +547,7 @@ def load_sit(source, config=None):
     content = load_file(source)
     weights = weights_of(content)
     config = config or content.get("config")
-    if isinstance(config, dict) and "model" not in config:  # official: a yaml with "model"
+    if isinstance(config, dict) and "model" not in config:  # ours; official: a yaml
         config = SiTConfig(**config)
     if not isinstance(config, SiTConfig):
         if "token_projection.weight" in weights or "memory_mean" in weights:
@@ -751,7 +751,7 @@ class DINOv2(nn.Module):
         table = self.pos_embed[:, 1:].mT.unflatten(2, (self.grid, self.grid))
         size = patches.shape[2:]
         if self.hub_positions and size != table.shape[2:]:
-            scale = [(n + 0.1) / self.grid for n in size]
+            scale = [(n + 0.1) / self.grid for n in size]  # 0.1: against rounding down
             table = F.interpolate(table.float(), scale_factor=scale, mode="bicubic")
         elif size != table.shape[2:]:
             table = F.interpolate(table.float(), size, mode="bicubic", antialias=True)

@@ -96,8 +96,8 @@ def new_snippets(bank, rows, ids, seed=0, spread=1.0):
 
 
 def novelty(bank, rows, s):
-    """Median distance of new snippets s (B, D) to the nearest row, over that between the rows they
-    are around and their nearest others, within the class. 0: copies, 1: as far as other images"""
+    """Distance of a new snippet to the nearest row, divided by that of its own row to the nearest
+    other one: medians, within the class. 0: copies, 1: as far as images are from each other"""
     of_new, _ = bank.neighbours(rows, 1, s)
     of_rows, _ = bank.neighbours(rows, 1)
     ratio = (1 - of_new).median() / (1 - of_rows).median()  # of squares: |a - b|^2 = 2 (1 - cos)
@@ -111,7 +111,7 @@ def read_images(paths, size):
 
 
 def end_of_mix(end, bank, features_of, size):
-    """An image file, or the number of a row of the bank -> its snippet (1, D)"""
+    """An image file, or the number of a row of the bank -> its features (1, D) of any norm"""
     if end.isdecimal() and not os.path.exists(end):
         return bank[[int(end)]].cpu()
     return features_of(read_images([end], size)[:1])
@@ -144,7 +144,7 @@ def nearest_latents(x, data, stats, k):
 def audit(made, data, stats, held_out=None, mirrored=0):
     """Does the model copy? Prints distances between latents as the model sees them, root mean
     squares. made, held_out: (B, C, h, w), held_out may be None; data (N, C, h, w): of the training,
-    as it is stored; mirrored: as in MemoryBank.
+    as it is stored; mirrored n > 0: rows n .. 2n-1 are the mirror images of 0 .. n-1.
     -> (B,) each: distance to the nearest training image, its row, its distance to another"""
     distance, row = (part[:, 0] for part in nearest_latents(made, data, stats, 1))
     known = memory.normalize_latents(torch.tensor(data[row.numpy()]), stats)

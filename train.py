@@ -151,7 +151,7 @@ def read_settings():
     parser = make_parser()
 
     def parse(defaults):
-        """Flags, over these defaults, over those set before"""
+        """-> the flags over these defaults, which replace earlier ones"""
         parser.set_defaults(**defaults)
         return parser.parse_args()
 
@@ -159,7 +159,7 @@ def read_settings():
     args = parse(PRESETS[args.preset])
     path = f"{args.out}/ckpt.pt"
     checkpoint = None
-    resumed = {}  # settings of the checkpoint
+    resumed = {}  # settings that are taken over from the checkpoint
     if os.path.exists(path):
         if not args.resume:
             raise InputError(f"{path} exists: --resume goes on with it, --out DIR begins elsewhere")
@@ -167,15 +167,15 @@ def read_settings():
         saved = checkpoint["settings"]
         per_command = ("data", "out", "device", "resume")
         resumed = {name: saved[name] for name in saved if name in args and name not in per_command}
-        inside = os.path.exists(f"{args.out}/data/meta.json")  # wins: OUT may have moved
-        args = parse({**resumed, "data": f"{args.out}/data" if inside else saved["data"]})
+        own = f"{args.out}/data"  # goes before the saved path: OUT may have moved
+        data = own if os.path.exists(f"{own}/meta.json") else saved["data"]
+        args = parse({**resumed, "data": data})
     elif args.resume:
         say(f"--resume: {path} does not exist, the run begins at step 0")
 
-    # --decay scales with --steps; defaults are now those of the preset or of the checkpoint
-    default_steps = parser.get_default("steps")
-    default_decay = parser.get_default("decay")
-    args = parse({"decay": [step * args.steps // default_steps for step in default_decay]})
+    default_steps = parser.get_default("steps")  # those that the default decay is meant for
+    decay = [step * args.steps // default_steps for step in parser.get_default("decay")]
+    args = parse({"decay": decay})
     if os.path.exists(f"{args.data}/meta.json"):
         prepared = json.loads(Path(args.data, "meta.json").read_text())["settings"]
         prepared = {name: prepared[name] for name in PREPARED}
@@ -403,13 +403,13 @@ def new_model(args, loader):
     in_channels, input_size, _ = loader.meta["latent"]
     fields.update(input_size=input_size, in_channels=in_channels, mask_ratio=args.mask_ratio)
     fields.update(zero_init=args.zero_init, memory_dim=0, num_classes=0, align_dim=0)
-    standardize = False
     if args.condition == "memory":
         fields["memory_dim"] = loader.bank.dim
-        if initial is None or initial.config.memory_dim == 0:  # else its scale stays
-            standardize = args.memory_scale == "standard"
-            fields["memory_center"] = standardize
-            fields["memory_scale"] = 1.0 if standardize else float(args.memory_scale)
+    new_memory = args.condition == "memory" and not (initial and initial.config.memory_dim)
+    standardize = new_memory and args.memory_scale == "standard"
+    if new_memory:  # else --init's centring and scale stay, which its weights know
+        fields["memory_center"] = standardize
+        fields["memory_scale"] = 1.0 if standardize else float(args.memory_scale)
     if args.memory_tokens is not None:
         fields["memory_tokens"] = args.memory_tokens
     if args.condition == "class":
