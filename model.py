@@ -417,24 +417,24 @@ def ode(v, z, steps, method="heun", shift=0.0):
 
 
 @torch.no_grad()
-def sde(v, z, steps, method="heun", noise=torch.randn_like, diffusion=1.0, last_step=0.004):
-    """As ode, with noise of strength w(t) = diffusion (1 - t); "euler" is Euler-Maruyama.
+def sde(v, z, steps, method="heun", noise=torch.randn_like, last_step=0.004):
+    """As ode, with noise of strength w(t) = 1 - t; "euler" is Euler-Maruyama.
 
     noise      noise(x) -> standard normal numbers of x's shape
     last_step  the size of the last step, which has no noise
-    The defaults are the official GMem's, whose num_steps is steps + 1.
+    w and last_step are the official GMem's, whose num_steps is steps + 1.
     """
     assert steps >= 1 and method in ("euler", "heun"), (steps, method)
     x = z.float()
 
     def drift(x, t):
         velocity = v(x, t)
-        return velocity + diffusion * (t * velocity - x)  # the last is w score
+        return velocity + (t * velocity - x)  # the brackets are w score
 
     dt = (1 - last_step) / steps
     for i in range(steps):
         t = i * dt
-        dw = math.sqrt(2 * diffusion * (1 - t) * dt) * noise(x)
+        dw = math.sqrt(2 * (1 - t) * dt) * noise(x)
         if method == "euler":
             x = x + dt * drift(x, t) + dw
         else:
