@@ -100,9 +100,8 @@ def distance_blocks(a, b, rows=500):
     b = b - center
     for part in (a - center).split(rows):
         distance = torch.cdist(part, b)
-        distance[distance < 1e-5 * part.norm(dim=1, keepdim=True)] = (
-            0  # equal rows, but for rounding
-        )
+        equal = distance < 1e-5 * part.norm(dim=1, keepdim=True)  # but for rounding
+        distance[equal] = 0
         yield distance
 
 
@@ -218,7 +217,7 @@ class InputSet:
             else:
                 self.count = int(archive.get("n", 0))
                 self.made_by = statistics_by
-            if statistics_by == self.made_by:  # else they are of another network than --network
+            if statistics_by == self.made_by:  # else those of the images are computed
                 self.statistics = [archive[name] for name in STATISTICS if name in archive]
         if self.count < 4 and (self.batches is not None or self.outputs):
             raise InputError(f"{path} holds {self.count} images, expected 4 or more")

@@ -294,7 +294,7 @@ class MemoryBank:
         """rows (B,) -> cosine, index (B, k) of the k most similar candidates; -1: there are fewer.
         Candidates are the rows of its class and its half (originals or mirror images), or, without
         a label or with fewer than 3, all rows of its half. Equal rows (itself, duplicates) are left
-        out. With s (B, D): most similar to s[i] instead, equal rows included (for novelty)."""
+        out. With s (B, D): most similar to s[i] among these candidates, none left out."""
         rows = torch.as_tensor(rows, device=self.coef.device).reshape(-1)
         queries = self[rows] if s is None else s.to(self.coef.device)
         cosine = queries.new_empty(len(rows), k)
@@ -581,7 +581,7 @@ class ResumableArrays:
     """Arrays in .npy files of a folder, which the processes of one machine fill, `size` rows at a
     time. A killed command goes on where it stopped.
 
-    arrays  {name: (shape, dtype)}, kept as {name: memmap} with one more, "done": a bool a block
+    arrays  {name: (shape, dtype)}, kept as {name: memmap}; "done" is added, one bool per block
     todo    the ranges of rows that are left to this process
     InputError where another command fills the folder now, or began to, with other settings."""
 
@@ -615,15 +615,15 @@ class ResumableArrays:
 
 def is_prepared(out, src, settings):
     """Whether a folder was prepared with these settings. InputError where it was with others, or
-    where src, a folder or an .npy, has another number of images now."""
+    where src has another number of images now."""
     if not os.path.exists(f"{out}/meta.json"):
         return False
     meta = json.loads(Path(out, "meta.json").read_text())
     was = {**meta["settings"], "images": meta["images"]}
     if os.path.isdir(src) and not settings["skip_bad"]:
         settings = {**settings, "images": len(image_files(src))}
-    elif src.endswith(".npy"):
-        settings = {**settings, "images": len(np.load(src, mmap_mode="r"))}
+    elif src.endswith((".npy", ".npz")):
+        settings = {**settings, "images": len(read_array(src)[0])}
     if not settings["patches"]:
         was.pop("patches", None)  # a folder with them serves a run without, too
     refuse_differences(was, settings, f"{out} was prepared")

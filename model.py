@@ -302,7 +302,7 @@ class SiT(nn.Module):
     def forward(self, x, t, s=None, y=None):
         """-> velocity (B, C, H, W); in training with align_dim, also tokens (B, T, align_dim).
 
-        x  (B, C, H, W); x, t, s of any float type; computed in that of the weights, or autocast's
+        x  (B, C, H, W); as t and s of any float type: cast to that of the weights, or autocast's
         t  (B,) in [0, 1]
         s  (B, D) unit-norm snippets; None: the null snippet, zeros; ignored without memory
         y  (B,) labels; None or negative: the null label, index num_classes; ignored without labels
@@ -334,7 +334,7 @@ class SiT(nn.Module):
                 projected = self.projector[0](tokens)
 
         out = self.unpatchify(self.final_layer(tokens, c))
-        if config.predict_x:  # the data; v = (data - x_t) / (1 - t), t up to 0.95
+        if config.predict_x:  # the data; v = (data - x_t) / (1 - t), 1 - t >= 0.05
             out = (out - x) / (1 - t[:, None, None, None]).clamp_min(0.05).to(dtype)
         return out if projected is None else (out, projected)
 
@@ -547,7 +547,7 @@ def load_sit(source, config=None):
     content = load_file(source)
     weights = weights_of(content)
     config = config or content.get("config")
-    if isinstance(config, dict) and "model" not in config:  # ours; official: a yaml
+    if isinstance(config, dict) and "model" not in config:  # official: a yaml
         config = SiTConfig(**config)
     if not isinstance(config, SiTConfig):
         if "token_projection.weight" in weights or "memory_mean" in weights:

@@ -33,7 +33,7 @@ from memory import InputError, MemoryBank, num_processes, process_rank
 from model import guided, load_file, load_sit, load_tokenizer, ode, sde
 
 NEIGHBOURS = 10  # nearest rows, whose covariance gives the step of --new
-TRAINING, NOISE, NEW = 0, 1, 3  # streams: the first numbers of mixed_seed
+TRAINING, NOISE, NEW = 0, 1, 3  # streams: first numbers of mixed_seed (2 was used once)
 SAMPLER = ("seed", "method", "steps", "shift", "cfg", "interval", "dtype")  # of generate
 METHODS = ("euler", "heun", "sde-euler", "sde-heun")
 
@@ -96,8 +96,8 @@ def new_snippets(bank, rows, ids, seed=0, spread=1.0):
 
 
 def novelty(bank, rows, s):
-    """Distance of a new snippet to the nearest row, divided by that of its own row to the nearest
-    other one: medians, within the class. 0: copies, 1: as far as images are from each other"""
+    """Median distance of new snippets to the nearest row of their class, divided by the median
+    distance of their own rows to the nearest other row. 0: copies, 1: as far as images are apart"""
     of_new, _ = bank.neighbours(rows, 1, s)
     of_rows, _ = bank.neighbours(rows, 1)
     ratio = (1 - of_new).median() / (1 - of_rows).median()  # of squares: |a - b|^2 = 2 (1 - cos)
@@ -145,7 +145,7 @@ def audit(made, data, stats, held_out=None, mirrored=0):
     """Does the model copy? Prints distances between latents as the model sees them, root mean
     squares. made, held_out: (B, C, h, w), held_out may be None; data (N, C, h, w): of the training,
     as it is stored; mirrored n > 0: rows n .. 2n-1 are the mirror images of 0 .. n-1.
-    -> (B,) each: distance to the nearest training image, its row, its distance to another"""
+    -> (B,) each: distance to the nearest training image; row of that; its distance to another"""
     distance, row = (part[:, 0] for part in nearest_latents(made, data, stats, 1))
     known = memory.normalize_latents(torch.tensor(data[row.numpy()]), stats)
     near, near_rows = nearest_latents(known, data, stats, 3)  # itself, its mirror image, another
@@ -182,10 +182,10 @@ def write_audit(out, images, unseen, meta, folder, tokenizer, device):
     mirrored = meta["images"] if meta["settings"]["flip"] else 0
     distance, row, to_other = audit(latents_of(images), data, stats, held_out, mirrored)
 
-    names = row.tolist()
+    names = (row % (mirrored or len(data))).tolist()
     if os.path.exists(f"{folder}/files.txt"):
         files = Path(folder, "files.txt").read_bytes().splitlines()
-        names = [os.fsdecode(files[number % len(files)]) for number in names]
+        names = [os.fsdecode(files[number]) for number in names]
     stem = out.removesuffix(".png").removesuffix(".npz") + "-audit"
     results = []
     for i, name in enumerate(names):
@@ -344,7 +344,7 @@ def make_plan(args, meta, bank, config, size, device):
             raise InputError(f"the bank was made by {bank.encoder}: give its weights, --encoder")
         return memory.encode_features(images, encoder, device)
 
-    rows = None  # of the bank, for plan.s below; None: plan.s is set here
+    rows = None  # of the bank, shown or (--new) varied below; None: plan.s is set here
     if args.add:  # a line for each image: its snippet, n noises
         plan.given = read_images(args.add, size)
         rows = torch.arange(len(bank), len(bank) + len(plan.given)).repeat_interleave(n)
@@ -389,9 +389,9 @@ def make_plan(args, meta, bank, config, size, device):
 def make_images(args, model, meta, tokenizer, plan):
     """Generates the images of a plan, batch by batch, in files of OUT.parts -> (N, H, W, 3)"""
     sampler = {name: getattr(args, name) for name in SAMPLER}
-    settings = {**sampler, "step": meta["step"], "block": args.batch_size}  # equal, to go on
+    settings = {**sampler, "step": meta["step"], "block": args.batch_size}  # must agree to go on
     settings.update(tokenizer=args.tokenizer, mean=meta["mean"], std=meta["std"])
-    settings["weights"] = zlib.crc32(model.x_embedder.proj.weight.numpy(force=True))
+    settings["weights"] = zlib.crc32(model.x_embedder.proj.weight.numpy(force=True))  # enough
     for name in ("ids", "s", "y"):
         values = getattr(plan, name)
         settings[name] = None if values is None else zlib.crc32(np.ascontiguousarray(values))

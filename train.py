@@ -173,7 +173,7 @@ def read_settings():
     elif args.resume:
         say(f"--resume: {path} does not exist, the run begins at step 0")
 
-    default_steps = parser.get_default("steps")  # those that the default decay is meant for
+    default_steps = parser.get_default("steps")  # the preset's or checkpoint's, as decay
     decay = [step * args.steps // default_steps for step in parser.get_default("decay")]
     args = parse({"decay": decay})
     if os.path.exists(f"{args.data}/meta.json"):
@@ -294,7 +294,7 @@ class Trainer:
     @torch.no_grad()
     def update(self, loss):
         """One step by the gradients of the last backward pass -> gradient norm. Where the loss or
-        the norm, which all processes share, is not finite, nothing changes."""
+        the norm, which all processes share, is not finite, no weight changes."""
         lr = learning_rate(self.step, self.args)
         self.optimizer.param_groups[0].update(lr=lr, betas=(0.9, self.args.beta2))
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.args.clip or torch.inf)
@@ -447,7 +447,7 @@ def micro_batch_size(args, config):
 
 
 def main():
-    device = memory.init_distributed(make_parser().parse_args().device)
+    device = memory.init_distributed(make_parser().parse_args().device)  # before anything is said
     args, checkpoint = read_settings()
     if process_rank() == 0:
         lock = memory.lock_folder(args.out)  # noqa: F841 - held as long as this process runs
