@@ -622,7 +622,7 @@ def is_prepared(out, src, settings):
     was = {**meta["settings"], "images": meta["images"]}
     if os.path.isdir(src) and not settings["skip_bad"]:
         settings = {**settings, "images": len(image_files(src))}
-    elif src.endswith((".npy", ".npz")):
+    elif os.path.isfile(src) and src.endswith((".npy", ".npz")):
         settings = {**settings, "images": len(read_array(src)[0])}
     if not settings["patches"]:
         was.pop("patches", None)  # a folder with them serves a run without, too

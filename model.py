@@ -63,9 +63,7 @@ class SiTConfig:
     def __post_init__(self):
         if self.input_size % self.patch_size != 0:
             raise InputError(f"patch_size {self.patch_size} does not divide {self.input_size}")
-        assert self.hidden_size % (4 * self.num_heads) == 0, (
-            "hidden_size / num_heads: a multiple of 4"
-        )
+        assert self.hidden_size % (4 * self.num_heads) == 0, "heads are not 4, 8, 12, .. wide"
         assert not self.align_dim or 1 <= self.align_depth <= self.depth, "align_depth"
 
 

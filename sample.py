@@ -230,7 +230,7 @@ def read_arguments():
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("files").add_argument
     add("--ckpt", required=True, help="checkpoint file, or the folder of a training")
-    add("--out", help=".png (a grid), .npz or new folder; if not given, a .png by CKPT")
+    add("--out", help=".png (a grid), .npz or new folder; if not given, a .png beside CKPT")
     add("--num-images", type=int, help="number of images; 64, or with --add and --mix 8 a line")
     add("--batch-size", type=int, default=64, help="images of one forward pass")
 

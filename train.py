@@ -104,8 +104,8 @@ def make_parser():
 
     add = parser.add_argument_group("network").add_argument
     add("--model", choices=CONFIGS, metavar="NAME", default="SiT-T/16", help="%(choices)s")
-    add("--condition", choices=("memory", "class", "none"), default="memory", help="what it sees")
-    add("--memory-scale", default="standard", help="factor; standard: mean 0, variance 1")
+    add("--condition", choices=("memory", "class", "none"), default="memory", help="what is shown")
+    add("--memory-scale", default="standard", help="factor on snippets; standard: variance 1")
     add("--memory-tokens", action=flag, help="add the snippet to each token (by default in SiT-T)")
     add("--mask-ratio", type=float, default=0.4, help="fraction of a snippet masked in training")
     add("--zero-init", action=flag, default=True, help="adaLN and the last layer start at zero")
@@ -122,7 +122,7 @@ def make_parser():
     add("--warmup", type=int, default=50, help="steps of linear warm-up of the learning rate")
     decay = {"type": int, "nargs": 2, "metavar": ("A", "B"), "default": [750, 1300]}
     add("--decay", **decay, help="the learning rate falls to 0 from step A to B; 0 0: it does not")
-    add("--clip", type=float, default=1.0, help="gradients of larger norm are scaled to it; 0: not")
+    add("--clip", type=float, default=1.0, help="largest norm of the gradient; 0: no limit")
     add("--ema", type=float, default=0.9999, help="decay rate of the average of the weights (EMA)")
     add("--ema-ramp", action=flag, default=True, help="--ema is at most (1 + step)/(10 + step)")
     add("--cond-drop-prob", type=float, default=0.1, help="fraction without snippet or label")
